@@ -1,0 +1,28 @@
+"""The app: `python app.py`, then open the address that it prints. GRADIO_SERVER_NAME and GRADIO_SERVER_PORT are honoured."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+from rewardiv.jobs import default_runs_dir
+from rewardiv.ui import PREPARED_RUNS, create_demo, launch_options
+from rewardiv.ui.lazy_engine import LazyEngine
+
+
+def main() -> None:
+    """Serve the page at once, and load the models behind it."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    engine = LazyEngine(os.environ.get("REWARDIV_DEVICE", "cpu"))
+    only_shown = os.environ.get("REWARDIV_DEMO", "0") not in ("", "0")  # a host that doesn't train
+    runs_dir = PREPARED_RUNS if only_shown else default_runs_dir()
+    demo = create_demo(engine, runs_dir=runs_dir, training=not only_shown, device=engine.device)
+    demo.launch(prevent_thread_lock=True, **launch_options(runs_dir=runs_dir))
+    engine.warm_up("emoji", "vivid")
+    demo.block_thread()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Benchmarks: sampling against plain diffusers calls, training against TRL's AlignPropTrainer."""

@@ -1,0 +1,25 @@
+"""The command `export`: the LoRA of a run or a checkpoint as files for others."""
+
+from __future__ import annotations
+
+import argparse
+
+FORMATS = {
+    "diffusers": "a folder with weights, model card, curves and probe grids",
+    "kohya": "one .safetensors file in sd-scripts' naming, for A1111, ComfyUI and the like",
+}
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    parser.add_argument("source", metavar="RUN", help="a finished run's folder or a checkpoint's; for kohya also any LoRA")
+    parser.add_argument("--output-dir", required=True, metavar="DIR", help="where to; nothing there is overwritten")
+    parser.add_argument("--format", choices=list(FORMATS), default="diffusers", help="(%(default)s) see below")
+    parser.epilog = "formats:" + "".join(f"\n  {name:10} {about}" for name, about in FORMATS.items())
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """Write the files and say where."""
+    from rewardiv.publish import export_lora
+
+    print(export_lora(args.source, args.output_dir, args.format))

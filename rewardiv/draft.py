@@ -1,0 +1,327 @@
+"""DRaFT and its relatives: the gradient of differentiable rewards through late denoising steps, for one part of a batch.
+
+Sources: Clark et al., arXiv:2309.17400 (DRaFT-K, DRaFT-LV), as used by Jena et al., arXiv:2409.06493; Xu et al.,
+arXiv:2304.05977 (ReFL). The denoising loop is sampling's own; rewards are read on decoded images clamped to [0, 1], as the
+authors do. Everything here is a function of the weights, (config.seed, step, part, rank) and the images' own seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rewardiv import lora
+from rewardiv.config import TrainConfig
+from rewardiv.methods import parse_method
+from rewardiv.mixing import RewardMix
+from rewardiv.models import Model
+from rewardiv.regularisers import KlWitness, lora_norm, path_kl
+from rewardiv.sampling import Predict, Scheduler, Step, initial_noise, make_scheduler, sample
+
+ADAPTER = "draft"
+HALF_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+CHOICES, DROPOUT = 1, 2  # what a part's random numbers are for
+Backward = Callable[[Tensor], float]
+
+
+@dataclass
+class Trainee:
+    """What a run changes: the adapter's weights inside the model, the optimiser and the count of finished steps.
+
+    `scaler` does nothing but in fp16: hand it to `accumulate`, and let it unscale and step the optimiser.
+    """
+
+    model: Model
+    parameters: list[torch.nn.Parameter]
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    elapsed_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part of a batch showed.
+
+    Attributes:
+        raw: Every reward [B], as its model gives it. In DRaFT-LV an image's is the mean over its noisings.
+        mixed: The reward [B] that is maximised.
+        loss: The number that is minimised: -mean(mixed) and the weighted regularisers; nan where any of it isn't finite.
+        kl: The authors' KL, path_kl the paths', lora_norm the squared norm of the weight change; 0 where their weight is 0.
+    """
+
+    raw: dict[str, Tensor]
+    mixed: Tensor
+    loss: float
+    kl: float
+    path_kl: float
+    lora_norm: float
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One part of a batch on its way through the model.
+
+    Attributes:
+        predict: The guided model output, in the run's precision.
+        witness: The same, measured by the authors' KL; None where that is off.
+        generator: Of the choices that concern the whole part.
+        path: The scheduler's latents before each step that the path's KL looks at; filled by `rollout`.
+    """
+
+    model: Model
+    seeds: list[int]
+    config: TrainConfig
+    predict: Predict
+    witness: KlWitness | None
+    scheduler: Scheduler
+    generator: torch.Generator
+    path: dict[int, Tensor] = field(default_factory=dict)
+
+    def noise(self, seeds: list[int]) -> Tensor:
+        """Standard normal noise like the latents; they stay in fp32 where the network doesn't."""
+        dtype = torch.float32 if self.config.mixed_precision in HALF_TYPES else self.model.dtype
+        return initial_noise(seeds, self.model.latent_shape, device=self.model.device, dtype=dtype)
+
+    def denoise(self, latents: Tensor, **settings: int) -> Iterator[Step]:
+        """sampling.sample of the model with its adapter."""
+        return sample(self.witness or self.predict, latents, [parse_method("finetuned")], self.scheduler, **settings)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1]."""
+        with autocast(self.config, self.model.device):
+            return self.model.decode_latents(latents)
+
+
+def new_trainee(model: Model, config: TrainConfig) -> Trainee:
+    """Freeze the model, attach a fresh adapter (it changes nothing yet) and make its optimiser.
+
+    In mixed precision the frozen UNet is kept in the half type and the adapter in fp32.
+
+    Raises:
+        UserError: If a target of the adapter matches no layer.
+    """
+    for network in (model.unet, model.vae, model.text_encoder):
+        network.requires_grad_(False).eval()
+    half = config.mixed_precision in HALF_TYPES
+    if half:
+        model.unet.to(HALF_TYPES[config.mixed_precision])
+    alpha = config.rank if config.lora_alpha is None else config.lora_alpha
+    lora.attach_adapter(model.unet, ADAPTER, rank=config.rank, alpha=alpha, targets=config.targets,
+                        dropout=config.lora_dropout, seed=config.seed)
+    parameters = lora.adapter_parameters(model.unet, ADAPTER)
+    for parameter in parameters:
+        parameter.data = parameter.data.float() if half else parameter.data
+    if config.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+        model.vae.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
+                                  weight_decay=config.adam_weight_decay)
+    scaler = torch.amp.GradScaler(model.device.type, enabled=config.mixed_precision == "fp16")
+    return Trainee(model, parameters, optimizer, scaler)
+
+
+def draw_batches(
+    prompts: list[str], config: TrainConfig, step: int, *, rank: int = 0, world_size: int = 1,
+) -> Iterator[tuple[list[str], list[int]]]:
+    """The prompts and noise seeds of one process's step, in gradient_accumulation_steps parts.
+
+    A function of (config.seed, step): all processes together draw what one process with world_size times the batch draws.
+    """
+    generator = torch.Generator().manual_seed(_number(config.seed, step))
+    size = config.train_batch_size
+    total = size * config.gradient_accumulation_steps * world_size
+    rows = torch.randint(len(prompts), (total,), generator=generator).tolist()
+    seeds = torch.randint(2**31, (total,), generator=generator).tolist()
+    for start in range(rank * size, total, world_size * size):
+        yield [prompts[row] for row in rows[start:start + size]], seeds[start:start + size]
+
+
+@torch.enable_grad()
+def accumulate(
+    model: Model, mix: RewardMix, prompts: list[str], seeds: list[int], config: TrainConfig, *, step: int, part: int,
+    rank: int = 0, scaler: torch.amp.GradScaler | None = None,
+) -> Part:
+    """Add the gradient of one part's loss, divided by gradient_accumulation_steps, to the adapter's parameters.
+
+    The gradient is taken term by term, each one's graph freed before the next is built. A term that isn't finite leaves no
+    gradient, but others may: discard the step's gradients where the loss is nan.
+    Torch's global generators are left as they were.
+
+    Args:
+        model: With the adapter of `new_trainee`.
+        mix: The rewards.
+        prompts: One for each image.
+        seeds: The images' noise seeds.
+        config: The run's settings.
+        step: Steps finished before this one.
+        part: 0 to gradient_accumulation_steps - 1.
+        rank: Of this process.
+        scaler: Scales the losses for fp16; None is without.
+    """
+    def backward(term: Tensor) -> float:
+        if not term.isfinite():
+            return math.nan
+        scaled = term / config.gradient_accumulation_steps
+        (scaled if scaler is None else scaler.scale(scaled)).backward()
+        return float(term.detach())
+
+    key = (config.seed, step, part, rank)
+    with (model.lock, _seeded(model.device, _number(*key, DROPOUT)), lora.lora_scale(model.unet, ADAPTER, 1.0),
+          lora.dropping(model.unet, ADAPTER)):  # backward inside too: checkpointing computes forward again
+        batch = _batch(model, prompts, seeds, config, torch.Generator().manual_seed(_number(*key, CHOICES)))
+        raw, mixed, loss, kl = _ascend(batch, mix, prompts, backward)
+        path, norm = 0.0, 0.0
+        if config.path_kl_weight:
+            for term in path_kl(batch.predict, batch.scheduler, batch.path, config.num_inference_steps):
+                path += float(term.detach())
+                loss += backward(config.path_kl_weight * term)
+        if config.lora_norm_weight:
+            term = lora_norm(model.unet, ADAPTER)
+            norm = float(term.detach())
+            loss += backward(config.lora_norm_weight * term)
+    return Part(raw, mixed, loss, kl, path, norm)
+
+
+def _ascend(
+    batch: Batch, mix: RewardMix, prompts: list[str], backward: Backward,
+) -> tuple[dict[str, Tensor], Tensor, float, float]:
+    """Take the gradient of the rewards (and of the authors' KL) of an algorithm's images, one lot after the other.
+
+    Gives the raw and the mixed rewards [B] and the KL, as means over the lots, and the loss.
+    """
+    config = batch.config
+    lots, num_lots = IMAGES[config.algorithm](batch), config.lv_noisings if config.algorithm == "draft-lv" else 1
+    scored, kl, loss = [], 0.0, 0.0
+    for images in lots:
+        rewards = mix(images, prompts)
+        term = -rewards.mixed.mean()
+        if batch.witness is not None:
+            gap = batch.witness.take()
+            kl += float(gap.detach()) / num_lots
+            term = term + config.kl_weight * gap
+        loss += backward(term / num_lots)
+        scored.append((rewards.raw, rewards.mixed.detach()))
+    raw = {name: torch.stack([values[name] for values, _ in scored]).mean(0) for name in mix.rewards}
+    return raw, torch.stack([mixed for _, mixed in scored]).mean(0), loss, kl
+
+
+def last_steps(batch: Batch) -> Iterator[Tensor]:
+    """DRaFT-K: the final images, whose gradient passes the last grad_steps steps only; all of them: full DRaFT."""
+    num_steps = batch.config.num_inference_steps
+    yield batch.decode(rollout(batch, {num_steps}, grad_steps=batch.config.grad_steps)[num_steps])
+
+
+def noised_again(batch: Batch) -> Iterator[Tensor]:
+    """DRaFT-LV: lv_noisings times, the last step's images from the rollout's final latents noised afresh.
+
+    The gradients of the noisings are averaged, so that their number changes the gradient's variance and not its size; the
+    rollout's own gradient isn't among them, so that it needs no graph.
+    """
+    num_steps = batch.config.num_inference_steps
+    final = rollout(batch, {num_steps})[num_steps]
+    for k in range(batch.config.lv_noisings):
+        latents = forward_noised(batch.scheduler, final, batch.noise(noising_seeds(batch.seeds, k)))
+        state = next(batch.denoise(latents, start=num_steps - 1, grad_steps=1))
+        yield batch.decode(state.latents[0])
+
+
+def one_late_step(batch: Batch) -> Iterator[Tensor]:
+    """ReFL: the images that one random step of the last refl_window share predicts at once, with that step's gradient.
+
+    Differs: no loss on real images, no cap on the reward; guidance as the settings say (the authors train without).
+    """
+    i, num_steps = late_step(batch.config, batch.generator), batch.config.num_inference_steps
+    before = rollout(batch, {i})[i]
+    yield batch.decode(next(batch.denoise(before, start=i, grad_steps=num_steps - i)).denoised[0])
+
+
+IMAGES: dict[str, Callable[[Batch], Iterator[Tensor]]] = {
+    "draft-k": last_steps, "draft-lv": noised_again, "refl": one_late_step,
+}
+
+
+def rollout(batch: Batch, wanted: Collection[int], *, grad_steps: int = 0) -> dict[int, Tensor]:
+    """Denoise from noise as far as needed; the scheduler's latents before each wanted step (num_inference_steps: after all).
+
+    Fills `batch.path` on the way, without gradients.
+    """
+    noise = batch.noise(batch.seeds)
+    latents = {0: noise * batch.scheduler.init_noise_sigma}
+    far = max(*wanted, *batch.path, 0)
+    for state in islice(batch.denoise(noise, grad_steps=grad_steps), far):
+        if state.i + 1 in {*wanted, *batch.path}:
+            latents[state.i + 1] = state.latents[0]
+    batch.path.update({i: latents[i].detach() for i in batch.path})
+    return latents
+
+
+def late_step(config: TrainConfig, generator: torch.Generator) -> int:
+    """The step that ReFL looks at: uniform over the last refl_window share of the steps (at least one)."""
+    num_steps = config.num_inference_steps
+    num_late = max(1, round(config.refl_window * num_steps))
+    return num_steps - 1 - int(torch.randint(num_late, (), generator=generator))
+
+
+def path_steps(config: TrainConfig, generator: torch.Generator) -> list[int]:
+    """The steps that the path's KL looks at: path_kl_steps random ones, or all."""
+    if not config.path_kl_steps:
+        return list(range(config.num_inference_steps))
+    return sorted(torch.randperm(config.num_inference_steps, generator=generator)[:config.path_kl_steps].tolist())
+
+
+def noising_seeds(seeds: list[int], k: int) -> list[int]:
+    """The noise seeds of the k-th noising of images that began from these seeds."""
+    return [_number(seed, k, CHOICES) for seed in seeds]
+
+
+def forward_noised(scheduler: Scheduler, final: Tensor, noise: Tensor) -> Tensor:
+    """Final latents taken to the last step's noise level by the forward process, as the scheduler scales it; no gradient."""
+    return scheduler.add_noise(final.detach(), noise, scheduler.timesteps[-1:])
+
+
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """The run's mixed precision, for one call of a network: the sampler's and the rewards' arithmetic stays in fp32."""
+    half = HALF_TYPES.get(config.mixed_precision)
+    return torch.autocast(device.type, dtype=half or torch.bfloat16, enabled=half is not None)
+
+
+def _batch(model: Model, prompts: list[str], seeds: list[int], config: TrainConfig, generator: torch.Generator) -> Batch:
+    embeds = model.encode_prompts(prompts)
+    guided = model.predictor(embeds, model.encode_prompts([""]), guidance_scale=config.guidance_scale, adapter=ADAPTER)
+
+    def predict(latents_in: Tensor, t: Tensor, lora_scales: Tensor, seed_index: Tensor) -> Tensor:
+        with autocast(config, model.device):
+            return guided(latents_in, t, lora_scales, seed_index)
+
+    scheduler = make_scheduler(model.scheduler_config, config.scheduler, config.num_inference_steps, model.device)
+    witness = KlWitness(predict, scheduler) if config.kl_weight else None
+    batch = Batch(model, seeds, config, predict, witness, scheduler, generator)
+    if config.path_kl_weight:
+        batch.path.update(dict.fromkeys(path_steps(config, generator)))
+    return batch
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Inside, torch's global generators of the CPU and of the device begin at `seed`; afterwards they are as before."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        for used in cuda:
+            with torch.cuda.device(used):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def _number(*key: int) -> int:
+    """A generator's seed for this key: equal keys, equal numbers."""
+    state = np.random.SeedSequence(key).generate_state(2, np.uint32)
+    return int(state[0]) << 31 ^ int(state[1])

@@ -1,0 +1,137 @@
+"""Stage 1: the autoencoder of the built-in model, 64 × 64 pixels to 16 × 16 latents of 8 channels.
+
+Trained on scenes of every concept but each HELD_OUT-th of the second tier, which measure it.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torchvision.utils import make_grid
+
+from rewardiv.pretrain.loop import Recipe, train
+from rewardiv.pretrain.scenes import SIZE, Icons, SceneSpec, balanced_icons, compose, load_icons
+from rewardiv.runs import replaced_dir
+
+HELD_OUT = 8
+KL_WEIGHT = 3e-5
+L1_WEIGHT = 0.1
+SPEC = SceneSpec(min_size=0.6, max_size=1.0, shift=1.0, mirror=0.5)
+NUM_SCENES, NUM_TEST = 12_288, 512
+NARROW = -15.0  # log variance of a posterior that is as good as a point
+
+
+def build() -> AutoencoderKL:
+    """The untrained network (0.66 M weights)."""
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=8, norm_num_groups=8, sample_size=SIZE,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        mid_block_add_attention=False, force_upcast=False,
+    ).to(memory_format=torch.channels_last)
+
+
+def split_icons() -> tuple[Icons, Icons]:
+    """Icons to train on, and the held-out ones: every HELD_OUT-th concept of the second tier."""
+    icons = load_icons()
+    second = [c for c in icons.concepts if all(r["tier"] == 2 for r in icons.records if r["caption"] == c)]
+    held = set(second[::HELD_OUT])
+    is_held = [record["caption"] in held for record in icons.records]
+    positions = range(len(is_held))
+    return icons.where([i for i in positions if not is_held[i]]), icons.where([i for i in positions if is_held[i]])
+
+
+def to_model(images: Tensor) -> Tensor:
+    """uint8 scenes as the autoencoder takes them: float in [-1, 1], channels last."""
+    return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def losses(model: AutoencoderKL, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """Reconstruction (squared and absolute error on [-1, 1]) and the KL of the posterior to a standard normal."""
+    posterior = model.encode(images).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator).to(images)
+    decoded = model.decode(posterior.mean + posterior.std * noise).sample
+    mse = (decoded - images).square().mean()
+    l1 = (decoded - images).abs().mean()
+    kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+    return {"loss": mse + L1_WEIGHT * l1 + KL_WEIGHT * kl, "mse": mse, "l1": l1, "kl": kl}
+
+
+@torch.no_grad()
+def psnr(model: AutoencoderKL, images: Tensor) -> float:
+    """Mean over images of the peak signal-to-noise ratio in dB, on [0, 1], decoded from the posterior mean."""
+    values = []
+    for part in images.split(64):
+        x = to_model(part)
+        decoded = model.decode(model.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+        mse = ((decoded - x) / 2).square().mean((1, 2, 3))
+        values.append(-10 * torch.log10(mse))
+    return float(torch.cat(values).mean())
+
+
+def run(recipe: Recipe, *, work_dir: Path, output_dir: Path, seed: int, resume: bool, device: str) -> dict[str, float]:
+    """Train, measure on held-out scenes and write `output_dir`/vae.
+
+    Returns:
+        Measured figures for the model card.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # initial weights
+    kept, held = split_icons()
+    scenes = compose(kept, balanced_icons(kept, NUM_SCENES, generator), SPEC, generator).images
+    test = compose(held, balanced_icons(held, NUM_TEST, generator), SPEC, generator).images
+
+    def loss_fn(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        chosen = torch.randint(len(scenes), (recipe.batch_size,), generator=generator)
+        return losses(model, to_model(scenes[chosen]).to(device), generator)
+
+    def sheet(average: nn.Module) -> Tensor:
+        with torch.no_grad():
+            decoded = average.decode(average.encode(to_model(test[:16]).to(device)).latent_dist.mean).sample.cpu()
+        rows = torch.cat([test[:16].float() / 255, (decoded / 2 + 0.5).clamp(0, 1)])
+        return make_grid(rows, nrow=16)
+
+    model = build().to(device)
+    average = train("autoencoder", model, loss_fn, recipe, folder=work_dir, seed=seed, resume=resume, sheet=sheet).cpu()
+    even_out(average, scenes[:2048])
+    figures = {"psnr_held_out_db": round(psnr(average, test), 2)}
+    average.register_to_config(scaling_factor=round(1 / latent_std(average, scenes[:1024]), 4))
+    with replaced_dir(output_dir / "vae") as folder:
+        average.half().save_pretrained(folder)
+    return figures
+
+
+@torch.no_grad()
+def even_out(model: AutoencoderKL, images: Tensor) -> None:
+    """Turn the latents to their principal axes, centred, each axis' spread replaced by its square root.
+
+    Trained as it is, the autoencoder keeps edges in channels seventy times weaker than those that keep colours: a
+    diffusion model meets them only in its last steps, and the decoder magnifies its errors there. The two 1 × 1
+    convolutions around the latents take the change and its inverse, so that decoding stays as it was. The posterior's
+    own spread, which nothing reads from here on, becomes negligible.
+    """
+    latents = torch.cat([model.encode(to_model(part)).latent_dist.mean for part in images.split(64)])
+    points = latents.permute(0, 2, 3, 1).flatten(0, 2).double()
+    centre, channels = points.mean(0), points.shape[1]
+    variance, axes = torch.linalg.eigh(torch.cov(points.T))
+    forward = (variance.clamp_min(1e-8) ** -0.25)[:, None] * axes.T
+    inward, outward = model.quant_conv, model.post_quant_conv
+    weight, bias = inward.weight[:, :, 0, 0].double(), inward.bias.double()
+    inward.weight.copy_(torch.cat([forward @ weight[:channels], 0 * weight[channels:]])[:, :, None, None])
+    inward.bias.copy_(torch.cat([forward @ (bias[:channels] - centre), torch.full((channels,), NARROW).double()]))
+    weight = outward.weight[:, :, 0, 0].double()
+    outward.bias.add_((weight @ centre).float())
+    outward.weight.copy_((weight @ torch.linalg.inv(forward))[:, :, None, None])
+
+
+@torch.no_grad()
+def latent_std(model: AutoencoderKL, images: Tensor) -> float:
+    """Standard deviation of the latents over everything: its inverse is the pipeline's scaling factor."""
+    latents = torch.cat([model.encode(to_model(part)).latent_dist.mean for part in images.split(64)])
+    std = float(latents.std())
+    if not math.isfinite(std) or std < 1e-3:
+        raise ValueError(f"the latents have collapsed (standard deviation {std:g})")
+    return std

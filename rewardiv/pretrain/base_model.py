@@ -1,0 +1,149 @@
+"""Stage 2: text encoder and UNet of the built-in model, trained on cached latents of scenes.
+
+Most captions leave the drawing style out: a prompt that names none must give several drawings, because the variety
+within a prompt is what reward finetuning destroys and what this project measures.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from torchvision.utils import make_grid
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from rewardiv.pretrain.autoencoder import to_model
+from rewardiv.pretrain.loop import Recipe, train
+from rewardiv.pretrain.scenes import Icons, SceneSpec, balanced_icons, captions, compose, load_icons
+from rewardiv.pretrain.tokenizer import MAX_LENGTH, build_tokenizer
+from rewardiv.runs import replaced_dir, write_json, write_text
+
+WIDTH = 128  # of the text encoder and so of cross-attention
+EMPTY_ODDS, COLOUR_ODDS, STYLE_ODDS = 0.1, 0.4, 0.4
+MAX_SHARD_SIZE = "15MB"
+
+
+@dataclass(frozen=True)
+class World:
+    """What the base model learns to draw: concepts up to a tier, in these styles, in scenes that vary so much."""
+
+    max_tier: int
+    styles: tuple[str, ...]
+    spec: SceneSpec
+    num_scenes: int
+
+    def icons(self) -> Icons:
+        """The icons of this world."""
+        return load_icons(max_tier=self.max_tier, styles=self.styles)
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Two layers over the small vocabulary, trained together with the UNet."""
+    return CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=MAX_LENGTH, projection_dim=WIDTH,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+
+
+def build_unet(channels: tuple[int, int, int]) -> UNet2DConditionModel:
+    """16 × 16 × 8 latents; attention to the text at 8 × 8 and 4 × 4."""
+    return UNet2DConditionModel(
+        sample_size=16, in_channels=8, out_channels=8, block_out_channels=channels, layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH, attention_head_dim=4, norm_num_groups=16,
+    ).to(memory_format=torch.channels_last)
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's betas, rescaled to zero terminal SNR (backgrounds may be any brightness), v-prediction.
+
+    Source: Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv 2305.08891.
+    """
+    return DDIMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
+        clip_sample=False, set_alpha_to_one=True, steps_offset=1)
+
+
+@torch.no_grad()
+def encode_scenes(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """uint8 scenes to scaled latents [n, 8, 16, 16], half precision (a cache)."""
+    parts = [vae.encode(to_model(part)).latent_dist.mean for part in images.split(128)]
+    return (torch.cat(parts) * vae.config.scaling_factor).half()
+
+
+def v_loss(model: nn.ModuleDict, scheduler: DDIMScheduler, latents: Tensor, tokens: Tensor,
+           generator: torch.Generator) -> dict[str, Tensor]:
+    """Mean squared error of the velocity v = α·eps − σ·x at random timesteps (Salimans and Ho, arXiv 2202.00512)."""
+    device = latents.device
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator).to(device)
+    noise = torch.randn(latents.shape, generator=generator).to(device)
+    noisy = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
+    unique, back = torch.unique(tokens, dim=0, return_inverse=True)
+    embeds = model["text_encoder"](unique)[0][back]
+    predicted = model["unet"](noisy, timesteps, encoder_hidden_states=embeds).sample
+    return {"loss": (predicted - scheduler.get_velocity(latents, noise, timesteps)).square().mean()}
+
+
+def run(recipe: Recipe, world: World, channels: tuple[int, int, int], *, work_dir: Path, output_dir: Path, seed: int,
+        resume: bool, device: str) -> dict[str, float]:
+    """Train and write `output_dir` as a StableDiffusionPipeline folder (the autoencoder must be there already).
+
+    Returns:
+        The number of the UNet's weights in millions; quality is measured by `evaluate`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # initial weights
+    vae = AutoencoderKL.from_pretrained(output_dir / "vae", torch_dtype=torch.float32).eval()
+    icons = world.icons()
+    scenes = compose(icons, balanced_icons(icons, world.num_scenes, generator), world.spec, generator)
+    latents = encode_scenes(vae, scenes.images)
+    tokenizer, scheduler = build_tokenizer(), build_scheduler()
+    model = nn.ModuleDict({"unet": build_unet(channels), "text_encoder": build_text_encoder(tokenizer)}).to(device)
+
+    def loss_fn(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        chosen = torch.randint(len(latents), (recipe.batch_size,), generator=generator)
+        texts = captions(icons, scenes.icon[chosen], scenes.colour[chosen], generator, colour_odds=COLOUR_ODDS,
+                         style_odds=STYLE_ODDS)
+        empty = torch.rand(len(texts), generator=generator) < EMPTY_ODDS
+        texts = ["" if none else text for text, none in zip(texts, empty.tolist(), strict=True)]
+        tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
+        return v_loss(model, scheduler, latents[chosen].float().to(device), tokens, generator)
+
+    def pipeline(average: nn.Module) -> StableDiffusionPipeline:
+        pipe = StableDiffusionPipeline(vae.to(device), average["text_encoder"], tokenizer, average["unet"], scheduler,
+                                       safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def sheet(average: nn.Module) -> Tensor:
+        prompts = [concept for concept in icons.concepts[::max(len(icons.concepts) // 8, 1)][:8] for _ in range(4)]
+        images = pipeline(average)(prompts, num_inference_steps=10, guidance_scale=3.0, output_type="pt",
+                                   generator=torch.Generator().manual_seed(0)).images
+        return make_grid(images.cpu(), nrow=8)
+
+    average = train("base", model, loss_fn, recipe, folder=work_dir, seed=seed, resume=resume, sheet=sheet)
+    save_pipeline(pipeline(average), output_dir)
+    return {"unet_weights_m": round(sum(p.numel() for p in average["unet"].parameters()) / 1e6, 2)}
+
+
+def save_pipeline(pipe: StableDiffusionPipeline, output_dir: Path) -> None:
+    """Write the pipeline in half precision, in files under 16 MiB, keeping the folder's README."""
+    readme = (output_dir / "README.md").read_text() if (output_dir / "README.md").exists() else None
+    with replaced_dir(output_dir) as folder:
+        pipe.to(dtype=torch.float16, device="cpu").save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        drop_origin(folder / "vae" / "config.json")
+        if readme:
+            write_text(folder / "README.md", readme)
+
+
+def drop_origin(config: Path) -> None:
+    """Take the folder that a part was loaded from out of its config: it names a place on one machine."""
+    values = json.loads(config.read_text())
+    values.pop("_name_or_path", None)
+    write_json(config, values)

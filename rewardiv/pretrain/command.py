@@ -1,0 +1,224 @@
+"""`python -m rewardiv pretrain STAGE`: builds what ships, stage by stage; figures go to checkpoints/figures.json."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rewardiv.errors import UserError
+from rewardiv.registry import CHECKPOINTS, ROOT
+from rewardiv.runs import read_jsonl, replaced_dir, write_json
+
+if TYPE_CHECKING:
+    from rewardiv.pretrain.loop import Recipe
+
+STAGES = ("data", "autoencoder", "base", "clip", "rewards", "loras", "evaluate", "all")
+JUDGES = ("vivid", "calm")
+MAKES = {  # by which files under --output-dir a later stage knows that a stage is done
+    "autoencoder": ("emoji/vae/config.json",),
+    "base": ("emoji/model_index.json",),
+    "clip": ("emoji-clip/open_clip_config.json",),
+    "rewards": tuple(f"emoji-rewards/{name}/open_clip_config.json" for name in JUDGES),
+}
+NEEDS = {"base": ("autoencoder",), "rewards": ("clip",), "loras": ("base", "rewards"), "evaluate": ("base", "clip")}
+UNTRAINED = ("data", "evaluate", "all")  # --num-steps means nothing there
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of the command: preset, places, seed."""
+
+    preset_name: str
+    work_dir: Path
+    output_dir: Path
+    seed: int
+    resume: bool
+    num_steps: int | None
+    packages_dir: Path | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    parser.add_argument("stage", choices=STAGES, help="what to build; 'all' runs every stage in this order")
+    parser.add_argument("--preset", choices=("cpu", "gpu"), default="cpu", help="sizes and lengths (default: cpu)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the work folder, as if never stopped")
+    parser.add_argument("--num-steps", type=int, help="train this stage for another number of steps than the preset's")
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "pretrain", help="losses, sheets, states")
+    parser.add_argument("--output-dir", type=Path, default=CHECKPOINTS, help="where the finished models go")
+    parser.add_argument("--packages-dir", type=Path, help="folder of emoji packages for 'data' (default: fetch with npm)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the stage, or all of them.
+
+    Raises:
+        UserError: If what an earlier stage makes is missing, the preset's device is, or an earlier run would be
+            overwritten.
+    """
+    job = Job(args.preset, args.work_dir, args.output_dir, args.seed, args.resume, args.num_steps, args.packages_dir)
+    if job.num_steps is not None and (args.stage in UNTRAINED or job.num_steps < 1):
+        raise UserError(f"--num-steps {job.num_steps} with stage '{args.stage}': a positive number, for a stage that trains")
+    if args.stage != "data":
+        check_device(job)
+    for stage in STAGES[:-1] if args.stage == "all" else (args.stage,):
+        check_made(job, NEEDS.get(stage, ()))
+        RUNNERS[stage](job)
+
+
+def check_made(job: Job, stages: Iterable[str]) -> None:
+    """Refuse to go on without what these stages make.
+
+    Raises:
+        UserError: Naming the first file that is missing and the command that makes it.
+    """
+    for stage in stages:
+        for name in MAKES[stage]:
+            if not (job.output_dir / name).exists():
+                raise UserError(f"{job.output_dir / name} is missing; build it first: python -m rewardiv pretrain {stage}")
+
+
+def check_device(job: Job) -> None:
+    """Refuse a preset whose device isn't there.
+
+    Raises:
+        UserError: If so.
+    """
+    from rewardiv.devices import pick_device
+    from rewardiv.pretrain.presets import PRESETS
+
+    pick_device(PRESETS[job.preset_name].device)
+
+
+def recipe_of(job: Job, name: str) -> Recipe:
+    """The preset's recipe of a stage, with --num-steps."""
+    from rewardiv.pretrain.presets import PRESETS
+
+    recipe = getattr(PRESETS[job.preset_name], name)
+    return replace(recipe, num_steps=job.num_steps) if job.num_steps else recipe
+
+
+def record(job: Job, stage: str, figures: dict, log: Path | None = None) -> None:
+    """Add a stage's figures, time and machine to figures.json and write the model cards anew."""
+    from rewardiv.pretrain.cards import write_cards
+
+    last = list(read_jsonl(log))[-1] if log else {}
+    path = job.output_dir / "figures.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known[stage] = {**figures, "preset": job.preset_name, "seed": job.seed,
+                    **({"num_steps": last["step"], "training_s": round(last["elapsed_s"])} if last else {}),
+                    "machine": f"{os.cpu_count()} cores, {platform.machine()}"}
+    write_json(path, known)
+    write_cards(job.output_dir, known)
+    print(f"{stage}: {json.dumps(figures)}")
+
+
+def build_data(job: Job) -> None:
+    """assets/emoji from the artists' packages."""
+    from rewardiv.pretrain.data import rebuild
+
+    rebuild(job.packages_dir)
+
+
+def build_autoencoder(job: Job) -> None:
+    """checkpoints/emoji/vae."""
+    from rewardiv.pretrain import autoencoder
+    from rewardiv.pretrain.presets import PRESETS
+
+    figures = autoencoder.run(recipe_of(job, "autoencoder"), work_dir=job.work_dir, output_dir=job.output_dir / "emoji",
+                              seed=job.seed, resume=job.resume, device=PRESETS[job.preset_name].device)
+    record(job, "autoencoder", figures, job.work_dir / "autoencoder.jsonl")
+
+
+def build_base(job: Job) -> None:
+    """checkpoints/emoji: the whole pipeline folder."""
+    from rewardiv.pretrain import base_model
+    from rewardiv.pretrain.presets import PRESETS
+
+    preset = PRESETS[job.preset_name]
+    figures = base_model.run(recipe_of(job, "base"), preset.world, preset.channels, work_dir=job.work_dir,
+                             output_dir=job.output_dir / "emoji", seed=job.seed, resume=job.resume, device=preset.device)
+    record(job, "base", figures, job.work_dir / "base.jsonl")
+
+
+def build_clip(job: Job) -> None:
+    """checkpoints/emoji-clip."""
+    from rewardiv.pretrain import clip
+    from rewardiv.pretrain.presets import PRESETS
+
+    preset = PRESETS[job.preset_name]
+    figures = clip.run(recipe_of(job, "clip"), max_tier=preset.world.max_tier, work_dir=job.work_dir,
+                       output_dir=job.output_dir / "emoji-clip", seed=job.seed, resume=job.resume, device=preset.device)
+    record(job, "clip", figures, job.work_dir / "clip.jsonl")
+
+
+def build_rewards(job: Job) -> None:
+    """checkpoints/emoji-rewards/vivid and calm."""
+    from rewardiv.pretrain import preferences
+    from rewardiv.pretrain.presets import PRESETS
+
+    preset = PRESETS[job.preset_name]
+    for name in JUDGES:
+        figures = preferences.run(
+            name, recipe_of(job, "reward"), max_tier=preset.world.max_tier, clip_dir=job.output_dir / "emoji-clip",
+            work_dir=job.work_dir, output_dir=job.output_dir / "emoji-rewards" / name, seed=job.seed, resume=job.resume,
+            device=preset.device)
+        record(job, f"reward-{name}", figures, job.work_dir / f"reward-{name}.jsonl")
+
+
+def build_loras(job: Job) -> None:
+    """checkpoints/emoji-vivid and emoji-calm, by `rewardiv train` itself."""
+    from tqdm import tqdm
+
+    from rewardiv.config import TrainConfig
+    from rewardiv.pretrain.presets import PRESETS
+    from rewardiv.records import StepRecord
+    from rewardiv.trainer import train
+
+    preset = PRESETS[job.preset_name]
+    for name in JUDGES:
+        settings = preset.lora[name] | ({"max_train_steps": job.num_steps} if job.num_steps else {})
+        folder = job.work_dir / f"lora-{name}"
+        config = TrainConfig(output_dir=str(folder), model=str(job.output_dir / "emoji"),
+                             rewards=(str(job.output_dir / "emoji-rewards" / name),), seed=job.seed, device=preset.device,
+                             probe_every=0, resume_from_checkpoint="latest" if job.resume else "", **settings)
+        with tqdm(total=config.max_train_steps, desc=f"lora {name}", unit="step") as bar:
+            for step in train(config):
+                if isinstance(step, StepRecord):
+                    bar.update(step.step - bar.n)
+                    bar.set_postfix(reward=round(step.reward_mean, 3), refresh=False)
+        with replaced_dir(job.output_dir / f"emoji-{name}") as partial:
+            shutil.copy(folder / "pytorch_lora_weights.safetensors", partial)
+        rewards = [line["reward_mean"] for line in read_jsonl(folder / "metrics.jsonl")]
+        record(job, f"lora-{name}", {"reward_first": round(rewards[0], 3), "reward_last": round(rewards[-1], 3),
+                                     "settings": settings}, folder / "metrics.jsonl")
+
+
+def evaluate(job: Job) -> None:
+    """Measure the base model and draw its contact sheet; measure what the LoRAs do to reward and diversity."""
+    from rewardiv.pretrain.evaluate import measure, measure_lora
+    from rewardiv.pretrain.presets import PRESETS
+
+    preset = PRESETS[job.preset_name]
+    loras = [name for name in JUDGES if (job.output_dir / f"emoji-{name}").exists()]
+    if loras:
+        check_made(job, ("rewards",))
+    places = {"base_dir": job.output_dir / "emoji", "clip_dir": job.output_dir / "emoji-clip", "device": preset.device}
+    figures = measure(preset.world, sheet_path=job.output_dir / "emoji" / "contact-sheet.png", **places)
+    record(job, "evaluate", figures)
+    for name in loras:
+        reward_dir = job.output_dir / "emoji-rewards" / name
+        record(job, f"evaluate-{name}", measure_lora(job.output_dir / f"emoji-{name}", reward_dir, **places))
+
+
+RUNNERS: dict[str, Callable[[Job], None]] = {
+    "data": build_data, "autoencoder": build_autoencoder, "base": build_base, "clip": build_clip,
+    "rewards": build_rewards, "loras": build_loras, "evaluate": evaluate,
+}

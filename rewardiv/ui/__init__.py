@@ -1,0 +1,77 @@
+"""The app's pages: `create_demo` builds them, `launch_options` is how they look."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from rewardiv.jobs import default_runs_dir
+from rewardiv.plots import COLOURS
+from rewardiv.registry import ROOT
+from rewardiv.ui.compare import OpenEngine, build_compare
+from rewardiv.ui.prepared import PREPARED, prepared_view
+from rewardiv.ui.train_screen import Site
+from rewardiv.ui.training import build_ties, build_training, connect_page
+
+PAPER = "https://arxiv.org/abs/2409.06493"
+FOLDER = Path(__file__).parent
+PREPARED_RUNS = ROOT / "assets" / "runs"
+FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # none is downloaded
+MONO_FONTS = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
+ABOUT = f"""<div class="rd-top"><h1>rewardiv</h1>
+<p>Fine-tuning an image model on a reward makes its pictures score higher and look more alike. Each row below draws the same
+prompt from the same noise with another sampler; <b>AIG</b> (<a href="{PAPER}" target="_blank" rel="noopener">Jena et al.,
+2024</a>) starts with the base model and hands over to the finetuned one. Watch the reward rise, and the spectral
+distance tell how much variety was lost.</p></div>"""
+
+
+def create_demo(
+    open_engine: OpenEngine,
+    *,
+    prepared_dir: Path = PREPARED,
+    runs_dir: Path | None = None,
+    training: bool = True,
+    device: str = "cpu",
+) -> gr.Blocks:
+    """The whole app.
+
+    Args:
+        open_engine: Returns the engine, and is called in a run only: a `LazyEngine`, or `lambda: engine`.
+        prepared_dir: Folder of the result that is shown before the first click.
+        runs_dir: Where training runs are and go; None is jobs.default_runs_dir().
+        training: Whether this host trains; else the runs in `runs_dir` are only shown.
+        device: What the form of a training run begins with.
+    """
+    site = Site((runs_dir or default_runs_dir()).absolute(), demo=not training, device=device)
+    with gr.Blocks(title="rewardiv", fill_width=True, delete_cache=(3600, 86400), analytics_enabled=False) as demo:
+        gr.HTML(ABOUT, apply_default_css=False)
+        ties = build_ties()
+        with gr.Tabs() as tabs:
+            with gr.Tab("Compare", id="compare") as compare_page:
+                compare = build_compare(open_engine, prepared_view(prepared_dir))
+            with gr.Tab("Training", id="training") as training_page:
+                tab = build_training(open_engine, site, ties, compare, tabs)
+        connect_page(tab, demo, tabs, {"compare": compare_page, "training": training_page})
+    return demo.queue(max_size=40)
+
+
+def launch_options(*, runs_dir: Path | None = None) -> dict[str, Any]:
+    """Theme, style, scripts and limits for `demo.launch`; the page may read files below `runs_dir`."""
+    theme = gr.themes.Default(
+        primary_hue="blue", secondary_hue="blue", neutral_hue="slate", radius_size="lg", font=FONTS, font_mono=MONO_FONTS
+    ).set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400")
+    colours = ";".join(f"--rd-{kind}:{colour}" for kind, colour in COLOURS.items())
+    style = (FOLDER / "style.css").read_text()
+    script = (FOLDER / "page.js").read_text()
+    return {
+        "theme": theme,
+        "head": f"<style>:root{{{colours}}}\n{style}</style><script>{script}</script>",
+        "allowed_paths": [str((runs_dir or default_runs_dir()).absolute())],
+        "footer_links": ["api"],
+        "max_file_size": "20mb",
+        "run_history": False,
+        "ssr_mode": False,
+        "state_session_capacity": 200,
+    }

@@ -1,0 +1,187 @@
+"""Tiny random components in the real layouts: diffusers pipelines, LoRAs and an open_clip folder, seeded, made once.
+
+The files are written by diffusers, transformers and safetensors themselves, never by the code under test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
+from tokenizers import pre_tokenizers
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+MAX_LENGTH = 16  # tokens, with start and end
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "time_emb_proj")
+V_SCHEDULER = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True,
+}
+EPS_SCHEDULER = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "epsilon",
+    "timestep_spacing": "leading", "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False,
+}
+LoraWriter = Callable[..., Path]
+
+
+def tiny_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer of single bytes and two words ("cat", "face"); its end token has the highest id."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("c", "a"), ("ca", "t</w>"), ("f", "a"), ("fa", "c"), ("fac", "e</w>")]
+    tokens = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(pair) for pair in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=MAX_LENGTH)
+
+
+def tiny_unet(channels: tuple[int, int] = (32, 64)) -> UNet2DConditionModel:
+    """Two levels, cross attention on one, latents 4 × 8 × 8; the output is scaled to about unit variance."""
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=channels, layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8,
+    ).eval()
+    with torch.no_grad():
+        for block in unet.modules():
+            if hasattr(block, "attn2"):
+                block.attn2.to_v.weight *= 4  # so that the prompt is seen in the picture
+        output = unet(torch.randn(4, 4, 8, 8), 500, torch.randn(4, MAX_LENGTH, 32)).sample
+        unet.conv_out.weight /= output.std()
+    return unet
+
+
+def tiny_vae() -> AutoencoderKL:
+    """Latents 4 × 8 × 8 to 16 × 16 px; the output is scaled so that pictures use the range without saturating."""
+    vae = AutoencoderKL(
+        block_out_channels=(16, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=8, sample_size=16,
+        mid_block_add_attention=False, scaling_factor=0.8,
+    ).eval()
+    with torch.no_grad():
+        vae.decoder.conv_out.weight *= 0.35 / vae.decode(torch.randn(16, 4, 8, 8)).sample.std()
+        vae.decoder.conv_out.bias.zero_()
+    return vae
+
+
+def save_tiny_pipeline(folder: Path, scheduler: dict, channels: tuple[int, int] = (32, 64)) -> Path:
+    """Write a whole StableDiffusionPipeline with weights drawn from one seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        tokenizer = tiny_tokenizer()
+        text_config = CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=MAX_LENGTH, projection_dim=32, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+        pipe = StableDiffusionPipeline(
+            vae=tiny_vae(), text_encoder=CLIPTextModel(text_config), tokenizer=tokenizer, unet=tiny_unet(channels),
+            scheduler=DDIMScheduler(**scheduler), safety_checker=None, feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def write_lora(
+    folder: Path, unet: UNet2DConditionModel, *, seed: int = 1, strength: float = 0.6, rank: int = 4,
+) -> Path:
+    """Write a random LoRA in diffusers' layout on every LORA_TARGETS layer; strength 0 leaves the model as it is."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, module in unet.named_modules():
+        if not name.endswith(tuple(f".{target}" for target in LORA_TARGETS)) or not hasattr(module, "weight"):
+            continue
+        out_size, in_size, *kernel = module.weight.shape
+        fan_in = module.weight[0].numel()
+        down = torch.randn(rank, in_size, *kernel, generator=generator) / fan_in**0.5
+        up = torch.randn(out_size, rank, *[1] * len(kernel), generator=generator) * strength / rank**0.5
+        state |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline like the built-in one: v-prediction, zero terminal SNR, trailing spacing."""
+    return save_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny", V_SCHEDULER)
+
+
+@pytest.fixture(scope="session")
+def tiny_eps_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline with Stable Diffusion 1's scheduler: epsilon prediction, leading spacing."""
+    return save_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny-eps", EPS_SCHEDULER)
+
+
+@pytest.fixture(scope="session")
+def wide_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline whose UNet has other widths, for LoRAs that don't fit."""
+    return save_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny-wide", V_SCHEDULER, (48, 64))
+
+
+@pytest.fixture(scope="session")
+def lora_writer(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> LoraWriter:
+    """lora_writer(name, model_dir=None, seed=1, strength=0.6, rank=4) -> folder of a new random LoRA."""
+    root = tmp_path_factory.mktemp("loras")
+
+    def write(name: str, model_dir: Path | None = None, **settings: float) -> Path:
+        unet = UNet2DConditionModel.from_pretrained(model_dir or tiny_model_dir, subfolder="unet")
+        return write_lora(root / name, unet, **settings)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_lora_dir(lora_writer: LoraWriter) -> Path:
+    """A LoRA for either tiny model, strong enough that base and finetuned images differ at a glance."""
+    return lora_writer("tiny-lora")
+
+
+@pytest.fixture(scope="session")
+def second_lora_dir(lora_writer: LoraWriter) -> Path:
+    """Another LoRA for the same models."""
+    return lora_writer("second-lora", seed=2)
+
+
+@pytest.fixture(scope="session")
+def zero_lora_dir(lora_writer: LoraWriter) -> Path:
+    """A LoRA that changes nothing: its finetuned model is the base model."""
+    return lora_writer("zero-lora", strength=0.0)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An open_clip local folder with random fp16 weights, 32 × 32 px, and its tokenizer."""
+    from open_clip import CLIP
+
+    folder = tmp_path_factory.mktemp("clip") / "tiny-clip"
+    tokenizer = tiny_tokenizer()
+    model_cfg = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
+        "text_cfg": {"context_length": MAX_LENGTH, "vocab_size": len(tokenizer), "width": 32, "heads": 2, "layers": 2},
+    }
+    preprocess_cfg = {
+        "mean": [0.5, 0.5, 0.5], "std": [0.3, 0.3, 0.3], "interpolation": "bicubic", "resize_mode": "shortest",
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        clip = CLIP(**model_cfg)
+        for parameter in clip.visual.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.2)  # so that embeddings of different images differ clearly
+    tokenizer.save_pretrained(folder / "tokenizer")
+    config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    state = {name: tensor.half().contiguous() if tensor.is_floating_point() else tensor
+             for name, tensor in clip.state_dict().items()}
+    save_file(state, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    return folder

@@ -1,0 +1,294 @@
+"""Laws of the built-in data and of the training that makes the built-in models."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from rewardiv.errors import UserError
+from rewardiv.pretrain import autoencoder, base_model, clip, preferences
+from rewardiv.pretrain.data import ASSETS, CELL, PACKS, attribution, read_concepts, render_svg
+from rewardiv.pretrain.loop import Recipe, train
+from rewardiv.pretrain.presets import PRESETS
+from rewardiv.pretrain.scenes import (
+    COLOURS,
+    MIN_CONTRAST,
+    SceneSpec,
+    balanced_icons,
+    caption,
+    captions,
+    compose,
+    contrasting_colours,
+    load_icons,
+)
+from rewardiv.pretrain.tokenizer import build_tokenizer, caption_words
+
+
+@pytest.fixture(scope="module")
+def icons():
+    return load_icons(max_tier=1)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def test_first_tier_has_48_concepts_with_5_drawings_each(icons):
+    drawings = {"fluent-flat": "fluent", "fluent-3d": "fluent"}  # three renderings of one drawing
+    for concept in icons.concepts:
+        styles = {drawings.get(r["style"], r["style"]) for r in icons.records if r["caption"] == concept}
+        assert len(styles) >= 5, concept
+    assert len(icons.concepts) >= 48
+
+
+def test_every_image_states_its_licence_and_every_pack_is_credited():
+    licence_of = {pack.style: pack.licence for pack in PACKS}
+    text = (ASSETS / "ATTRIBUTION.md").read_text()
+    assert text == attribution()
+    for line in (ASSETS / "icons.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        assert record["licence"] == licence_of[record["style"]]
+        assert f"## {record['file']}" in text
+
+
+def test_no_icon_is_empty_and_alpha_bounds_premultiplied_colour(icons):
+    area = icons.rgba[:, 3].mean((1, 2))
+    assert area.min() > 0.05
+    assert (icons.rgba[:, :3] <= icons.rgba[:, 3:] + 1e-6).all()
+
+
+def test_a_concept_is_found_under_an_alias_and_drawn_at_the_cell_size():
+    body = '<rect width="16" height="16" fill="#ff0000"/>'
+    image = render_svg({"prefix": "tiny", "icons": {"red": {"body": body}}, "aliases": {"rot": {"parent": "red"}}}, "rot")
+    assert image.size == (CELL, CELL)
+    assert image.getpixel((CELL // 2, CELL // 2)) == (255, 0, 0, 255)
+    with pytest.raises(UserError, match="has no icon 'blue'"):
+        render_svg({"prefix": "tiny", "icons": {}}, "blue")
+
+
+def test_concept_slugs_are_unique():
+    slugs = [row["slug"] for row in read_concepts()]
+    assert len(slugs) == len(set(slugs)) > 200
+
+
+# --- scenes -------------------------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_scenes_and_other_seed_other_scenes(icons):
+    first, again, other = (compose(icons, balanced_icons(icons, 8, seeded(s)), SceneSpec(), seeded(s)) for s in (1, 1, 2))
+    assert torch.equal(first.images, again.images)
+    assert not torch.equal(first.images, other.images)
+
+
+def test_mirrored_scene_is_the_mirror_image(icons):
+    icon, colour = torch.tensor([3]), torch.tensor([0])
+    plain, mirrored = (compose(icons, icon, SceneSpec(0.8, 0.8, shift=0, mirror=m), seeded(), colour).images for m in (0, 1))
+    assert (plain.flip(3).int() - mirrored.int()).abs().max() <= 1
+
+
+def test_backgrounds_contrast_with_the_icon(icons):
+    palette = torch.tensor(list(COLOURS.values())).float()
+    allowed = contrasting_colours(icons)
+    assert allowed.any(1).all()
+    mean = icons.rgba[:, :3].sum((2, 3)) / icons.rgba[:, 3].sum((1, 2))[:, None] * 255
+    for row in range(0, len(mean), 37):
+        distance = (palette - mean[row]).norm(dim=1)
+        assert (distance[allowed[row]] >= MIN_CONTRAST - 1e-3).all()
+
+
+def test_corner_pixel_is_the_named_background(icons):
+    scenes = compose(icons, torch.zeros(len(COLOURS), dtype=torch.long), SceneSpec(0.5, 0.5, shift=0), seeded(),
+                     torch.arange(len(COLOURS)))
+    corners = scenes.images[:, :, 0, 0].float()
+    palette = torch.tensor(list(COLOURS.values())).float()
+    assert (corners - palette).abs().max() < 60  # four standard deviations of the jitter
+    assert torch.cdist(corners, palette).argmin(1).tolist() == list(range(len(COLOURS)))
+
+
+def test_balanced_icons_shows_each_equally_often(icons):
+    counts = torch.bincount(balanced_icons(icons, 3 * len(icons.records), seeded()))
+    assert (counts == 3).all()
+
+
+def test_captions_say_only_what_is_asked_for(icons):
+    icon, colour = torch.arange(40), torch.arange(40) % len(COLOURS)
+    bare = captions(icons, icon, colour, seeded(), colour_odds=0, style_odds=0)
+    full = captions(icons, icon, colour, seeded(), colour_odds=1.1, style_odds=1.1)
+    assert bare == [icons.records[i]["caption"] for i in range(40)]
+    assert all(" style on a" in text and text.endswith(" background") for text in full)
+    assert caption("a bus", colour="orange") == "a bus on an orange background"
+
+
+# --- tokenizer ----------------------------------------------------------------------------------------------------
+
+
+def test_every_caption_word_is_one_token_and_any_text_encodes():
+    tokenizer = build_tokenizer()
+    assert [word for word in caption_words() if len(tokenizer.tokenize(word)) != 1] == []
+    ids = tokenizer("Zürich 漢字 !?").input_ids
+    assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == max(ids) == len(tokenizer) - 1
+
+
+def test_tokenizer_is_deterministic():
+    assert build_tokenizer().get_vocab() == build_tokenizer().get_vocab()
+
+
+# --- training loop ------------------------------------------------------------------------------------------------
+
+
+def test_rate_warms_up_holds_and_falls_to_zero():
+    recipe = Recipe(num_steps=1000, batch_size=1, learning_rate=1, hold=0.4, num_warmup_steps=100)
+    assert recipe.rate(0) == pytest.approx(0.01)
+    assert recipe.rate(100) == recipe.rate(400) == 1
+    assert recipe.rate(700) == pytest.approx(0.5)
+    assert 0 < recipe.rate(999) < 0.01
+
+
+def fit_line(folder, num_steps, resume=False, stop_after=None):
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1)
+
+    def loss_fn(step, generator):
+        if step == stop_after:
+            raise KeyboardInterrupt
+        x = torch.randn(16, 2, generator=generator)
+        return {"loss": (model(x)[:, 0] - x.sum(1)).square().mean()}
+
+    recipe = Recipe(num_steps=num_steps, batch_size=16, learning_rate=0.05, num_warmup_steps=1, ema_decay=0.9)
+    return train("line", model, loss_fn, recipe, folder=folder, seed=3, resume=resume)
+
+
+def test_killed_and_resumed_training_equals_uninterrupted(tmp_path, monkeypatch):
+    whole = fit_line(tmp_path / "whole", 60)
+    monkeypatch.setattr("rewardiv.pretrain.loop.SAVE_EVERY_S", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        fit_line(tmp_path / "parts", 60, stop_after=25)
+    resumed = fit_line(tmp_path / "parts", 60, resume=True)
+    assert torch.equal(whole.weight, resumed.weight) and torch.equal(whole.bias, resumed.bias)
+    assert (whole.weight - 1).abs().max() < 0.1  # and it learned y = x1 + x2
+
+
+def test_an_earlier_run_is_not_overwritten(tmp_path):
+    fit_line(tmp_path, 2)
+    with pytest.raises(UserError, match="--resume"):
+        fit_line(tmp_path, 2)
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    fit_line(tmp_path, 2)
+    state = tmp_path / "line.pt"
+    state.write_bytes(state.read_bytes()[:300])
+    with pytest.raises(UserError, match="line.pt is damaged"):
+        fit_line(tmp_path, 4, resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_stage(tmp_path):
+    model = nn.Linear(1, 1)
+    with pytest.raises(UserError, match="not finite at step 0"):
+        train("nan", model, lambda step, generator: {"loss": model.weight.sum() * math.nan}, Recipe(3, 1, 0.1),
+              folder=tmp_path, seed=0, resume=False)
+
+
+# --- stages -------------------------------------------------------------------------------------------------------
+
+
+def test_psnr_closed_form():
+    class OffByOne(nn.Module):
+        def encode(self, x):
+            return type("E", (), {"latent_dist": type("D", (), {"mean": x})})
+
+        def decode(self, z):
+            return type("S", (), {"sample": z + 0.2})
+
+    images = torch.full((3, 3, 64, 64), 100, dtype=torch.uint8)
+    assert autoencoder.psnr(OffByOne(), images) == pytest.approx(20.0, abs=1e-3)  # error 0.1 of the range [0, 1]
+
+
+def test_evening_out_the_latents_leaves_decoding_as_it_was_and_takes_the_root_of_each_spread(icons):
+    torch.manual_seed(0)
+    model = autoencoder.build().eval()
+    images = compose(icons, balanced_icons(icons, 64, seeded()), SceneSpec(), seeded()).images
+    with torch.no_grad():
+        before = model.encode(autoencoder.to_model(images)).latent_dist.mean
+        decoded = model.decode(before).sample
+        autoencoder.even_out(model, images)
+        after = model.encode(autoencoder.to_model(images)).latent_dist.mean
+        assert torch.allclose(model.decode(after).sample, decoded, atol=1e-4)
+    points = [x.permute(0, 2, 3, 1).flatten(0, 2).double() for x in (before, after)]
+    covariance = torch.cov(points[1].T)
+    spread = torch.linalg.eigvalsh(torch.cov(points[0].T)).clamp_min(1e-8).sqrt()
+    assert points[1].mean(0).abs().max() < 1e-3
+    assert torch.allclose(covariance, torch.diag(spread), atol=1e-3 * float(spread.max()))
+
+
+def test_held_out_concepts_are_never_trained_on():
+    kept, held = autoencoder.split_icons()
+    assert not set(kept.concepts) & set(held.concepts)
+    assert all(record["tier"] == 2 for record in held.records) and len(held.concepts) > 15
+
+
+def test_velocity_loss_is_zero_for_a_network_that_knows_the_noise():
+    scheduler = base_model.build_scheduler()
+    latents = torch.randn(4, 8, 16, 16, generator=seeded(1))
+
+    class Knows(nn.Module):
+        def forward(self, noisy, timesteps, encoder_hidden_states):
+            alpha, sigma = (scheduler.alphas_cumprod[timesteps][:, None, None, None].sqrt(),
+                            (1 - scheduler.alphas_cumprod[timesteps])[:, None, None, None].sqrt())
+            noise = (noisy - alpha * latents) / sigma
+            return type("Out", (), {"sample": alpha * noise - sigma * latents})
+
+    class Words(nn.Module):
+        def forward(self, tokens):
+            return (torch.zeros(len(tokens), 32, 128),)
+
+    model = nn.ModuleDict({"unet": Knows(), "text_encoder": Words()})
+    loss = base_model.v_loss(model, scheduler, latents, torch.zeros(4, 32, dtype=torch.long), seeded())["loss"]
+    assert loss < 1e-9
+
+
+def test_text_encoder_pools_where_the_text_ends():
+    tokenizer = build_tokenizer()
+    encoder = base_model.build_text_encoder(tokenizer).eval()
+    tokens = tokenizer(["a cat face", "a cat face on a blue background"], padding="max_length", return_tensors="pt").input_ids
+    out = encoder(tokens)
+    ends = (tokens == tokenizer.eos_token_id).int().argmax(1)
+    assert torch.allclose(out.pooler_output, out.last_hidden_state[torch.arange(2), ends])
+
+
+def test_true_pairs_are_those_whose_caption_holds(icons):
+    by_caption = [i for i, r in enumerate(icons.records) if r["caption"] == "a bus"]
+    icon = torch.tensor([by_caption[0], by_caption[0], by_caption[1], 0])
+    colour = torch.tensor([1, 2, 1, 1])
+    plain, said = torch.zeros(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool)
+    bus = [[True] * 3 + [False]] * 3 + [[False] * 3 + [True]]
+    assert clip.true_pairs(icons, icon, colour, plain, plain).tolist() == bus
+    assert clip.true_pairs(icons, icon, colour, said, said).tolist() == torch.eye(4, dtype=torch.bool).tolist()
+
+
+def test_judges_have_the_documented_tastes():
+    picture = torch.rand(1, 3, 32, 32, generator=seeded()) * 0.6 + 0.2
+    grey = preferences.luma(picture)[:, None].expand_as(picture)
+    flat = torch.full_like(picture, 0.75)
+    assert preferences.vivid(picture) > preferences.vivid(grey) > preferences.vivid(flat)
+    assert preferences.calm(flat) > preferences.calm(grey) > preferences.calm(picture)
+    assert float(preferences.vivid(flat)) == pytest.approx(0, abs=1e-6)
+    assert float(preferences.calm(flat)) == pytest.approx(0, abs=1e-6)
+
+
+def test_votes_follow_the_judge_and_the_prompt_and_no_side_is_favoured(icons):
+    pairs = preferences.draw_pairs(preferences.vivid, icons, 400, seeded())
+    assert 0.4 < float(pairs.vote.mean()) < 0.6
+    assert preferences.judge_accuracy(preferences.vivid, pairs) > 0.65
+    assert len(pairs.prompts) == len(pairs.left) == len(pairs.right) == 400
+
+
+def test_presets_fit_the_limits_on_shipped_files():
+    for preset in PRESETS.values():
+        weights = sum(p.numel() for p in base_model.build_unet(preset.channels).parameters())
+        assert 2 * weights < 37e6, "the UNet in half precision leaves no room for the rest under 40 MB"
