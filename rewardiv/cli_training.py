@@ -60,6 +60,7 @@ TRAIN_OPTIONS = {
         "guidance_scale": "classifier-free guidance, 1 is off",
         "scheduler": ", ".join(SCHEDULERS),
         "train_batch_size": "images of one pass",
+        "grad_batch_size": "of them, images whose gradient is taken at once: less memory, hardly more time",
         "gradient_accumulation_steps": "passes a step",
     },
     "regularisers": {

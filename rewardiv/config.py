@@ -31,7 +31,8 @@ PRECISIONS = ("no", "fp16", "bf16")
 TRACKERS = ("tensorboard", "trackio", "wandb")
 TRAIN_RANGES: dict[str, tuple[float, float]] = {  # of TrainConfig's numbers; whole numbers where the lower end is one
     "seed": (0, MAX_SEED), "max_train_steps": (1, 10**6), "train_batch_size": (1, 4096),
-    "gradient_accumulation_steps": (1, 4096), "num_inference_steps": (1, 1000), "guidance_scale": (1.0, 30.0),
+    "gradient_accumulation_steps": (1, 4096), "grad_batch_size": (1, 4096), "num_inference_steps": (1, 1000),
+    "guidance_scale": (1.0, 30.0),
     "grad_steps": (1, 1000), "lv_noisings": (1, 64), "refl_window": (1e-3, 1.0),
     "rank": (1, 1024), "lora_alpha": (1e-3, 1e4), "lora_dropout": (0.0, 0.99),
     "learning_rate": (1e-9, 1.0), "lr_warmup_steps": (0, 10**6), "adam_beta1": (0.0, 0.9999), "adam_beta2": (0.0, 0.999999),
@@ -75,6 +76,8 @@ class TrainConfig(Settings):
         output_dir: The run's folder.
         rewards: What to train on, each "NAME" or "NAME=WEIGHT"; several are standardised before they are mixed.
         prompts_file: One prompt a line; "" is the built-in list.
+        grad_batch_size: Images whose gradient is taken at once. They are drawn train_batch_size at a time as far as that needs
+            no gradient, so peak memory hardly grows with the batch; only rounding and dropout depend on it.
         algorithm: One of ALGORITHMS; grad_steps counts for draft-k, lv_noisings for draft-lv, refl_window (the last share of
             the steps, from which one is drawn) for refl.
         guidance_scale: In training too; 1 is without guidance, as ReFL.
@@ -104,6 +107,7 @@ class TrainConfig(Settings):
     max_train_steps: int = 60
     train_batch_size: int = 16
     gradient_accumulation_steps: int = 1
+    grad_batch_size: int = 4
     num_inference_steps: int = 10
     guidance_scale: float = 3.0
     scheduler: str = "ddim"

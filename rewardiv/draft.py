@@ -8,9 +8,9 @@ authors do. Everything here is a function of the weights, (config.seed, step, pa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
@@ -23,11 +23,12 @@ from rewardiv.methods import parse_method
 from rewardiv.mixing import RewardMix
 from rewardiv.models import Model
 from rewardiv.regularisers import KlWitness, lora_norm, path_kl
-from rewardiv.sampling import Predict, Scheduler, Step, initial_noise, make_scheduler, sample
+from rewardiv.sampling import Predict, Scheduler, initial_noise, make_scheduler, rows_of, sample
 
 ADAPTER = "draft"
 HALF_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 CHOICES, DROPOUT = 1, 2  # what a part's random numbers are for
+FINETUNED = (parse_method("finetuned"),)
 Backward = Callable[[Tensor], float]
 
 
@@ -66,6 +67,23 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
+class Tail:
+    """The end of a rollout, through which gradients pass.
+
+    Attributes:
+        latents: The scheduler's, before step `start`; no gradient passes further back.
+        start: The first of the steps.
+        scheduler: As it stands before step `start`.
+        at_once: Whether the images are those that step `start` predicts, instead of those after the last step.
+    """
+
+    latents: Tensor
+    start: int
+    scheduler: Scheduler
+    at_once: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """One part of a batch on its way through the model.
 
@@ -90,9 +108,21 @@ class Batch:
         dtype = torch.float32 if self.config.mixed_precision in HALF_TYPES else self.model.dtype
         return initial_noise(seeds, self.model.latent_shape, device=self.model.device, dtype=dtype)
 
-    def denoise(self, latents: Tensor, **settings: int) -> Iterator[Step]:
-        """sampling.sample of the model with its adapter."""
-        return sample(self.witness or self.predict, latents, [parse_method("finetuned")], self.scheduler, **settings)
+    def rows(self, rows: slice) -> Batch:
+        """These images of the batch alone; the path's latents aren't among what it holds."""
+        def predict(latents_in: Tensor, t: Tensor, lora_scales: Tensor, seed_index: Tensor) -> Tensor:
+            return self.predict(latents_in, t, lora_scales, seed_index + rows.start)
+
+        witness = self.witness and KlWitness(predict, self.scheduler)
+        return replace(self, seeds=self.seeds[rows], predict=predict, witness=witness, path={})
+
+    def finish(self, tail: Tail) -> Tensor:
+        """The images [B, 3, H, W] in [0, 1] of a tail, with its gradient."""
+        num_steps = self.config.num_inference_steps - tail.start
+        steps = sample(self.witness or self.predict, tail.latents, FINETUNED, tail.scheduler, start=tail.start,
+                       grad_steps=num_steps)
+        *_, state = islice(steps, 1 if tail.at_once else num_steps)
+        return self.decode(state.denoised[0] if tail.at_once else state.latents[0])
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1]."""
@@ -179,10 +209,11 @@ def accumulate(
         batch = _batch(model, prompts, seeds, config, torch.Generator().manual_seed(_number(*key, CHOICES)))
         raw, mixed, loss, kl = _ascend(batch, mix, prompts, backward)
         path, norm = 0.0, 0.0
-        if config.path_kl_weight:
-            for term in path_kl(batch.predict, batch.scheduler, batch.path, config.num_inference_steps):
-                path += float(term.detach())
-                loss += backward(config.path_kl_weight * term)
+        for rows, share in _lots(batch) if config.path_kl_weight else ():
+            latents = {i: latents[rows] for i, latents in batch.path.items()}
+            for term in path_kl(batch.rows(rows).predict, batch.scheduler, latents, config.num_inference_steps):
+                path += share * float(term.detach())
+                loss += backward(share * config.path_kl_weight * term)
         if config.lora_norm_weight:
             term = lora_norm(model.unet, ADAPTER)
             norm = float(term.detach())
@@ -195,72 +226,89 @@ def _ascend(
 ) -> tuple[dict[str, Tensor], Tensor, float, float]:
     """Take the gradient of the rewards (and of the authors' KL) of an algorithm's images, one lot after the other.
 
-    Gives the raw and the mixed rewards [B] and the KL, as means over the lots, and the loss.
+    Gives the raw and the mixed rewards [B], as means over the tails, the KL and the loss.
     """
     config = batch.config
-    lots, num_lots = IMAGES[config.algorithm](batch), config.lv_noisings if config.algorithm == "draft-lv" else 1
-    scored, kl, loss = [], 0.0, 0.0
-    for images in lots:
-        rewards = mix(images, prompts)
-        term = -rewards.mixed.mean()
-        if batch.witness is not None:
-            gap = batch.witness.take()
-            kl += float(gap.detach()) / num_lots
-            term = term + config.kl_weight * gap
-        loss += backward(term / num_lots)
-        scored.append((rewards.raw, rewards.mixed.detach()))
-    raw = {name: torch.stack([values[name] for values, _ in scored]).mean(0) for name in mix.rewards}
-    return raw, torch.stack([mixed for _, mixed in scored]).mean(0), loss, kl
+    num_tails = config.lv_noisings if config.algorithm == "draft-lv" else 1
+    raw, mixed, loss, kl = {name: [] for name in mix.rewards}, [], 0.0, 0.0
+    for tail in TAILS[config.algorithm](batch):
+        for rows, share in _lots(batch):
+            lot = batch.rows(rows)
+            rewards = mix(lot.finish(replace(tail, latents=tail.latents[rows], scheduler=rows_of(tail.scheduler, rows))),
+                          prompts[rows])
+            term = -rewards.mixed.mean()
+            if lot.witness is not None:
+                gap = lot.witness.take()
+                kl += share / num_tails * float(gap.detach())
+                term = term + config.kl_weight * gap
+            loss += backward(share / num_tails * term)
+            mixed.append(rewards.mixed.detach())
+            for name, values in rewards.raw.items():
+                raw[name].append(values)
+
+    def mean(lots: list[Tensor]) -> Tensor:
+        return torch.cat(lots).view(num_tails, -1).mean(0)
+
+    return {name: mean(values) for name, values in raw.items()}, mean(mixed), loss, kl
 
 
-def last_steps(batch: Batch) -> Iterator[Tensor]:
+def _lots(batch: Batch) -> Iterator[tuple[slice, float]]:
+    """The images whose gradient is taken at once, and their share of the batch."""
+    total, size = len(batch.seeds), batch.config.grad_batch_size
+    for start in range(0, total, size):
+        rows = slice(start, min(start + size, total))
+        yield rows, (rows.stop - start) / total
+
+
+def last_steps(batch: Batch) -> Iterator[Tail]:
     """DRaFT-K: the final images, whose gradient passes the last grad_steps steps only; all of them: full DRaFT."""
-    num_steps = batch.config.num_inference_steps
-    yield batch.decode(rollout(batch, {num_steps}, grad_steps=batch.config.grad_steps)[num_steps])
+    start = batch.config.num_inference_steps - batch.config.grad_steps
+    yield rollout(batch, start)
 
 
-def noised_again(batch: Batch) -> Iterator[Tensor]:
+def noised_again(batch: Batch) -> Iterator[Tail]:
     """DRaFT-LV: lv_noisings times, the last step's images from the rollout's final latents noised afresh.
 
     The gradients of the noisings are averaged, so that their number changes the gradient's variance and not its size; the
     rollout's own gradient isn't among them, so that it needs no graph.
     """
     num_steps = batch.config.num_inference_steps
-    final = rollout(batch, {num_steps})[num_steps]
+    final = rollout(batch, num_steps).latents
     for k in range(batch.config.lv_noisings):
         latents = forward_noised(batch.scheduler, final, batch.noise(noising_seeds(batch.seeds, k)))
-        state = next(batch.denoise(latents, start=num_steps - 1, grad_steps=1))
-        yield batch.decode(state.latents[0])
+        yield Tail(latents, num_steps - 1, batch.scheduler)
 
 
-def one_late_step(batch: Batch) -> Iterator[Tensor]:
+def one_late_step(batch: Batch) -> Iterator[Tail]:
     """ReFL: the images that one random step of the last refl_window share predicts at once, with that step's gradient.
 
     Differs: no loss on real images, no cap on the reward; guidance as the settings say (the authors train without).
     """
-    i, num_steps = late_step(batch.config, batch.generator), batch.config.num_inference_steps
-    before = rollout(batch, {i})[i]
-    yield batch.decode(next(batch.denoise(before, start=i, grad_steps=num_steps - i)).denoised[0])
+    yield replace(rollout(batch, late_step(batch.config, batch.generator)), at_once=True)
 
 
-IMAGES: dict[str, Callable[[Batch], Iterator[Tensor]]] = {
+TAILS: dict[str, Callable[[Batch], Iterator[Tail]]] = {
     "draft-k": last_steps, "draft-lv": noised_again, "refl": one_late_step,
 }
 
 
-def rollout(batch: Batch, wanted: Collection[int], *, grad_steps: int = 0) -> dict[int, Tensor]:
-    """Denoise from noise as far as needed; the scheduler's latents before each wanted step (num_inference_steps: after all).
+def rollout(batch: Batch, start: int) -> Tail:
+    """Denoise from noise, all images at once and without gradients, to before step `start` (num_inference_steps: after all).
 
-    Fills `batch.path` on the way, without gradients.
+    Goes on where the path needs it, to fill `batch.path`.
     """
     noise = batch.noise(batch.seeds)
-    latents = {0: noise * batch.scheduler.init_noise_sigma}
-    far = max(*wanted, *batch.path, 0)
-    for state in islice(batch.denoise(noise, grad_steps=grad_steps), far):
-        if state.i + 1 in {*wanted, *batch.path}:
-            latents[state.i + 1] = state.latents[0]
-    batch.path.update({i: latents[i].detach() for i in batch.path})
-    return latents
+    latents = noise * batch.scheduler.init_noise_sigma
+    tail = Tail(latents, 0, batch.scheduler)
+    if 0 in batch.path:
+        batch.path[0] = latents
+    for state in islice(sample(batch.predict, noise, FINETUNED, batch.scheduler), max(start, *batch.path, 0)):
+        i = state.i + 1
+        if i == start:
+            tail = Tail(state.latents[0], i, state.schedulers[0])
+        if i in batch.path:
+            batch.path[i] = state.latents[0]
+    return tail
 
 
 def late_step(config: TrainConfig, generator: torch.Generator) -> int:

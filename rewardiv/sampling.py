@@ -46,6 +46,7 @@ class Step:
         t: The timestep that was denoised.
         latents: [S, C, h, w] for each method, after the step. Methods that haven't parted yet share one tensor.
         denoised: The estimate of the final latents for each method, same shape.
+        schedulers: Each method's after the step, with what a multistep solver remembers.
         rows: Network rows so far, all methods together.
         done: True at the last step.
     """
@@ -55,6 +56,7 @@ class Step:
     t: float
     latents: tuple[Tensor, ...]
     denoised: tuple[Tensor, ...]
+    schedulers: tuple[Scheduler, ...]
     rows: int
     done: bool
 
@@ -125,11 +127,12 @@ def sample(
         predict: The guided model output, see Predict.
         noise: [S, C, h, w], standard normal.
         methods: What to sample with; at least one.
-        scheduler: From make_scheduler, unused so far; it isn't changed.
+        scheduler: From make_scheduler, unused so far unless `start` is given; it isn't changed.
         grad_steps: Gradients reach the last `grad_steps` steps only (DRaFT's K); 0 is plain sampling, and the number of
             steps lets them reach `noise` too. Don't wrap the iteration in torch.inference_mode.
         start: The step to begin at, where `noise` is the scheduler's latents before that step instead of pure noise.
-            A multistep solver begins there as at its first step.
+            A multistep solver goes on with what the scheduler remembers (`Step.schedulers`); a fresh one begins there
+            as at its first step.
 
     Raises:
         ValueError: If there is no method, `grad_steps` isn't in 0 to the number of steps, or there is no step `start`.
@@ -151,7 +154,8 @@ def sample(
         branch_of = {method: branch for branch in branches for method in branch.methods}
         owners = [branch_of[k] for k in range(len(methods))]
         yield Step(i, len(clock), float(t), tuple(branch.latents for branch in owners),
-                   tuple(branch.denoised for branch in owners), rows, i == len(clock) - 1)
+                   tuple(branch.denoised for branch in owners), tuple(branch.scheduler for branch in owners), rows,
+                   i == len(clock) - 1)
 
 
 def _advance(
@@ -191,6 +195,15 @@ def _stepped(branch: Branch, output: Tensor, t: Tensor) -> Branch:
     else:
         denoised = result.pred_original_sample
     return Branch(branch.methods, result.prev_sample, branch.scheduler, denoised)
+
+
+def rows_of(scheduler: Scheduler, rows: slice) -> Scheduler:
+    """A copy that remembers these images of the batch only."""
+    twin = _fork(scheduler)
+    for name, kept in vars(twin).items():
+        if isinstance(kept, list):
+            setattr(twin, name, [one[rows] if isinstance(one, Tensor) else one for one in kept])
+    return twin
 
 
 def _fork(scheduler: Scheduler) -> Scheduler:

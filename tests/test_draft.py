@@ -397,6 +397,38 @@ def test_memory_is_flat_in_the_number_of_steps_and_noisings(config: TrainConfig,
         assert peak_of(trainee, replace(config, grad_steps=2)) > 1.3 * few
 
 
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("algorithm", ["draft-k", "draft-lv", "refl"])
+def test_taking_gradients_of_a_few_images_at_once_changes_nothing(config: TrainConfig, algorithm: str, scheduler: str) -> None:
+    """Lots of 2 and 1 equal all 3 images, also for a solver that remembers the steps before; but for rounding."""
+    config = replace(config, algorithm=algorithm, scheduler=scheduler, grad_steps=2, kl_weight=1.0, path_kl_weight=1.0)
+    trainee = trainee_of(config, torch.float64)
+    whole, expected = gradient_of(trainee, replace(config, grad_batch_size=3))
+    lots, part = gradient_of(trainee, replace(config, grad_batch_size=2))
+    assert same_gradient(lots, whole)
+    torch.testing.assert_close(part.mixed, expected.mixed)
+    for name in ("loss", "kl", "path_kl"):
+        assert getattr(part, name) == pytest.approx(getattr(expected, name), rel=1e-5) and getattr(part, name)
+
+
+@pytest.mark.parametrize("algorithm", ["draft-k", "draft-lv", "refl"])
+def test_graphs_are_of_grad_batch_size_images_whatever_the_batch(config: TrainConfig, algorithm: str) -> None:
+    """Of three images; what graphs keep besides are the weights."""
+    config = replace(config, algorithm=algorithm, kl_weight=1.0, path_kl_weight=1.0)
+    trainee = trainee_of(config)
+    one, two, three = (peak_of(trainee, replace(config, grad_batch_size=size)) for size in (1, 2, 3))
+    assert one < two and three - two == pytest.approx(two - one, rel=0.05)
+
+
+def test_the_last_steps_are_those_of_sampling(config: TrainConfig) -> None:
+    """With a solver that remembers the step before: the images trained on are the images sampled."""
+    config = replace(config, scheduler="dpm++2m", num_inference_steps=4)
+    trainee = trainee_of(config, torch.float64)
+    _, part = gradient_of(trainee, config)
+    images = trainee.model.decode_latents(Definition(trainee, config).trajectory()[-1])
+    torch.testing.assert_close(part.mixed, redness(images, PROMPTS), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("algorithm", ["draft-k", "draft-lv"])
 def test_a_batch_in_parts_has_the_same_gradient(config: TrainConfig, algorithm: str) -> None:
     """Gradient accumulation: 2 parts of 2 images equal one batch of 4; and so do 2 processes' means."""

@@ -24,7 +24,7 @@ ALGORITHM_NAMES = {
 FOLDED = {
     "Images and gradients": (
         ("num_inference_steps", "guidance_scale"), ("train_batch_size", "gradient_accumulation_steps"),
-        ("grad_steps", "lv_noisings"), ("refl_window", "scheduler"), ("prompts_file",),
+        ("grad_steps", "lv_noisings"), ("refl_window", "grad_batch_size"), ("scheduler", "prompts_file"),
     ),
     "LoRA": (("rank", "lora_alpha"), ("lora_targets", "lora_dropout")),
     "Optimiser": (

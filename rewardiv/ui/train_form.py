@@ -52,6 +52,7 @@ LABELS: dict[str, Label] = {
     "prompts_file": Label("File of prompts", "one a line; empty is the built-in list"),
     "train_batch_size": Label("Images a batch"),
     "gradient_accumulation_steps": Label("Batches a step"),
+    "grad_batch_size": Label("Gradients at once", "of so many images: fewer is less memory"),
     "num_inference_steps": Label("Denoising steps"),
     "guidance_scale": Label("Guidance", "1 is off"),
     "scheduler": Label("Scheduler"),
