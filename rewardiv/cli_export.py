@@ -1,4 +1,4 @@
-"""The command `export`: the LoRA of a run or a checkpoint as files for others."""
+"""The command `export`: the LoRA of a run or a checkpoint as files for others, or the run itself as a folder to show."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import argparse
 FORMATS = {
     "diffusers": "a folder with weights, model card, curves and probe grids",
     "kohya": "one .safetensors file in sd-scripts' naming, for A1111, ComfyUI and the like",
+    "run": "the finished run, made small, for the Training tab of a page where training is off (REWARDIV_DEMO=1)",
 }
 
 
@@ -20,6 +21,11 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
     """Write the files and say where."""
+    if args.format == "run":
+        from rewardiv.showcase import export_run
+
+        print(export_run(args.source, args.output_dir))
+        return
     from rewardiv.publish import export_lora
 
     print(export_lora(args.source, args.output_dir, args.format))

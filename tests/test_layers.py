@@ -17,7 +17,7 @@ LEVELS = (
     {"models", "regularisers"},
     {"generate", "export"},
     {"draft", "probes", "learner", "trainer", "publish", "evaluate", "study", "bench", "pretrain"},
-    {"jobs", "supervisor"},
+    {"jobs", "supervisor", "showcase"},
     {"cli", "cli_training", "cli_export", "__main__", "ui", "app"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms} | {"__init__": 0}

@@ -1,0 +1,97 @@
+"""A finished run as a small folder to show elsewhere: records, pictures and two LoRAs, nothing of the machine it ran on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save
+
+from rewardiv.config import TrainConfig
+from rewardiv.errors import UserError
+from rewardiv.jobs import read_job, write_state
+from rewardiv.publish import Source, read_source
+from rewardiv.records import (
+    CONFIG_NAME,
+    EVENTS_NAME,
+    GRID_NAME,
+    METRICS_NAME,
+    PROBES_NAME,
+    checkpoint_dir,
+    list_checkpoints,
+    list_steps,
+    probe_dir,
+)
+from rewardiv.registry import LORA_FILE
+from rewardiv.runs import new_dir, write_atomic, write_bytes, write_json
+from rewardiv.verdicts import best_tradeoff
+
+NUM_COLOURS = 256  # of a probe grid's palette
+
+
+def export_run(run_dir: str | Path, output_dir: str | Path) -> Path:
+    """Copy what the Training tab shows of a finished run; `REWARDIV_DEMO=1` shows such folders in assets/runs.
+
+    Of the checkpoints only the last and the one of the best trade-off come along, as LoRAs in fp16 that can be sampled but
+    not trained on; probe grids get a palette of NUM_COLOURS colours. Process, machine and log stay behind, and of a prompts
+    file's or a local model's path only the last part is kept.
+
+    Args:
+        run_dir: The run's folder.
+        output_dir: A folder that holds nothing yet.
+
+    Raises:
+        UserError: If the run isn't done, a file of it is missing or damaged, or something would be overwritten.
+    """
+    source, target = Path(run_dir), Path(output_dir)
+    job = read_job(source)
+    if job.state != "done":
+        raise UserError(f"the run in {source} is {job.state}; only a finished one can be exported as a run")
+    run = read_source(source)
+    settings = _portable(run.config, target.name)
+    new_dir(target)
+    write_json(target / CONFIG_NAME, {"settings": settings, "prompts": run.prompts})
+    for name in (METRICS_NAME, PROBES_NAME, EVENTS_NAME):
+        if (source / name).exists():
+            write_bytes(target / name, (source / name).read_bytes())
+    for step, folder in list_steps(source / "probes").items():
+        with Image.open(folder / GRID_NAME) as grid:
+            small = grid.convert("RGB").quantize(NUM_COLOURS)
+        write_atomic(probe_dir(target, step) / GRID_NAME, lambda path, small=small: small.save(path, "PNG", optimize=True))
+    for step in _shown_steps(run):
+        _copy_lora(checkpoint_dir(source, step), checkpoint_dir(target, step))
+    _copy_lora(source, target)
+    write_state(replace(job, folder=target, settings=settings, pid=None, process_started=None, host="", heartbeat=0.0))
+    return target
+
+
+def _portable(config: TrainConfig, name: str) -> dict[str, Any]:
+    """Settings without places of this machine."""
+    model = Path(config.model).name if Path(config.model).is_absolute() else config.model
+    rewards = tuple(Path(reward).name if Path(reward).is_absolute() else reward for reward in config.rewards)
+    return replace(config, output_dir=name, prompts_file=Path(config.prompts_file).name, model=model, rewards=rewards,
+                   resume_from_checkpoint="").to_dict()
+
+
+def _shown_steps(run: Source) -> list[int]:
+    """The last checkpoint, and the one of the best trade-off where there is one."""
+    checkpoints = list_checkpoints(run.run_dir)
+    best = best_tradeoff(run.probes, list(checkpoints))
+    return sorted({max(checkpoints), *([best.step] if best else [])})
+
+
+def _copy_lora(source: Path, target: Path) -> None:
+    """The LoRA of a folder, in fp16.
+
+    Raises:
+        UserError: If a weight is too large for fp16.
+    """
+    with safe_open(source / LORA_FILE, framework="pt") as opened:
+        metadata, state = opened.metadata(), {key: opened.get_tensor(key).half() for key in opened.keys()}
+    if any(not bool(torch.isfinite(tensor).all()) for tensor in state.values()):
+        raise UserError(f"{source / LORA_FILE} holds weights that are too large for fp16; export it for diffusers instead")
+    write_bytes(target / LORA_FILE, save(state, metadata))
