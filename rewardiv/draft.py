@@ -27,7 +27,7 @@ from rewardiv.sampling import Predict, Scheduler, initial_noise, make_scheduler,
 
 ADAPTER = "draft"
 HALF_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-CHOICES, DROPOUT = 1, 2  # what a part's random numbers are for
+CHOICES, DROPOUT = 1, 2  # what random numbers are for
 FINETUNED = (parse_method("finetuned"),)
 Backward = Callable[[Tensor], float]
 
@@ -90,7 +90,7 @@ class Batch:
     Attributes:
         predict: The guided model output, in the run's precision.
         witness: The same, measured by the authors' KL; None where that is off.
-        generator: Of the choices that concern the whole part.
+        generator: Of the choices that concern the whole step, in all its parts and processes.
         path: The scheduler's latents before each step that the path's KL looks at; filled by `rollout`.
     """
 
@@ -203,10 +203,11 @@ def accumulate(
         (scaled if scaler is None else scaler.scale(scaled)).backward()
         return float(term.detach())
 
-    key = (config.seed, step, part, rank)
-    with (model.lock, _seeded(model.device, _number(*key, DROPOUT)), lora.lora_scale(model.unet, ADAPTER, 1.0),
+    choices = torch.Generator().manual_seed(_number(config.seed, step, CHOICES))
+    dropout = _number(config.seed, step, part, rank, DROPOUT)
+    with (model.lock, _seeded(model.device, dropout), lora.lora_scale(model.unet, ADAPTER, 1.0),
           lora.dropping(model.unet, ADAPTER)):  # backward inside too: checkpointing computes forward again
-        batch = _batch(model, prompts, seeds, config, torch.Generator().manual_seed(_number(*key, CHOICES)))
+        batch = _batch(model, prompts, seeds, config, choices)
         raw, mixed, loss, kl = _ascend(batch, mix, prompts, backward)
         path, norm = 0.0, 0.0
         for rows, share in _lots(batch) if config.path_kl_weight else ():
