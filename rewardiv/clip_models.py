@@ -1,4 +1,4 @@
-"""Loads, runs and saves open_clip two-tower models in local folders: behind rewards, features and pretraining.
+"""Two-tower models (CLIP and its kin): what every one does, and open_clip models in local folders.
 
 A folder holds `open_clip_config.json` (open_clip's {"model_cfg", "preprocess_cfg"}), `open_clip_model.safetensors`
 (fp16; computed in fp32) and `tokenizer/` (a transformers CLIPTokenizer whose end-of-text token has the highest id).
@@ -8,6 +8,8 @@ Nothing is ever fetched.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rewardiv.errors import UserError
+from rewardiv.framing import Frame
 from rewardiv.runs import replaced_dir
 
 if TYPE_CHECKING:
@@ -28,11 +31,57 @@ CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 TOKENIZER_NAME = "tokenizer"
 RESIZING = {"interpolation": "bicubic", "resize_mode": "shortest"}  # open_clip's defaults, and what is done here
-RANGE_TOLERANCE = 1e-4
 
 
-class ClipModel(nn.Module):
-    """An open_clip network with its tokenizer and its preprocessing; differentiable in the images.
+class TwoTowers(nn.Module):
+    """Images and texts as embeddings in one space; differentiable in the images.
+
+    Args:
+        net: The network: `encode_image(pixels [B, 3, S, S])`, `encode_text(ids [B, T])` and `logit_scale`, as open_clip's.
+        tokenize: Texts to token ids [B, T].
+        frame: Images to the network's pixels.
+    """
+
+    def __init__(self, net: nn.Module, tokenize: Callable[[list[str]], Tensor], frame: Frame) -> None:
+        super().__init__()
+        self.net, self.tokenize, self.frame = net, tokenize, frame
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """Logarithm of the factor on the cosine, a scalar parameter, as open_clip keeps it."""
+        return self.net.logit_scale
+
+    @property
+    def mean(self) -> Tensor:
+        """Of the images' normalisation, [3, 1, 1]; on the device, and of the dtype, that this computes in."""
+        return self.frame.mean
+
+    @property
+    def std(self) -> Tensor:
+        """Of the images' normalisation, [3, 1, 1]."""
+        return self.frame.std
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Image embeddings [B, d], not normalised, of images [B, 3, H, W] in [0, 1]."""
+        return self.net.encode_image(self.frame(images))
+
+    def encode_texts(self, texts: list[str]) -> Tensor:
+        """Text embeddings [B, d], not normalised."""
+        return self.net.encode_text(self.tokenize(texts).to(self.mean.device))
+
+    def cosines(self, images: Tensor, texts: list[str]) -> Tensor:
+        """Cosine [B] of image i's and text i's embeddings."""
+        return self.pixel_cosines(self.frame(images), texts)
+
+    def pixel_cosines(self, pixels: Tensor, texts: list[str]) -> Tensor:
+        """The same for framed images [B, 3, S, S]; equal texts are encoded once."""
+        distinct = sorted(set(texts))
+        rows = [distinct.index(text) for text in texts]
+        return F.cosine_similarity(self.net.encode_image(pixels), self.encode_texts(distinct)[rows])
+
+
+class ClipModel(TwoTowers):
+    """An open_clip network with a tokenizer of its own, as a local folder holds it.
 
     Args:
         net: The network.
@@ -45,7 +94,6 @@ class ClipModel(nn.Module):
     """
 
     def __init__(self, net: CLIP, config: dict, tokenizer: CLIPTokenizer) -> None:
-        super().__init__()
         preprocess = RESIZING | config["preprocess_cfg"]
         if any(preprocess[key] != value for key, value in RESIZING.items()):
             raise UserError(f"only bicubic resizing of the shortest side is known, not preprocess_cfg {preprocess}")
@@ -53,67 +101,19 @@ class ClipModel(nn.Module):
         if end != size - 1 or size > net.vocab_size:
             raise UserError(f"the tokenizer ({size} tokens, end of text {end}) doesn't fit the text tower (vocab_size "
                             f"{net.vocab_size}): end of text must have the highest id")
-        self.net, self.config, self.tokenizer = net, config, tokenizer
-        self.image_size: int = config["model_cfg"]["vision_cfg"]["image_size"]
-        self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(preprocess["std"]).view(3, 1, 1), persistent=False)
+        frame = Frame(config["model_cfg"]["vision_cfg"]["image_size"], preprocess["mean"], preprocess["std"])
+        super().__init__(net, partial(token_ids, tokenizer, net.context_length), frame)
+        self.config, self.tokenizer = config, tokenizer
 
     @property
-    def logit_scale(self) -> Tensor:
-        """Logarithm of the factor on the cosine, a scalar parameter, as open_clip keeps it."""
-        return self.net.logit_scale
-
-    def preprocess(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] in [0, 1] to normalised [B, 3, image_size, image_size]: resize, clamp to [0, 1], centre crop."""
-        images = fit_square(images.to(self.mean), self.image_size)
-        return (images - self.mean) / self.std
-
-    def tokenize(self, texts: list[str]) -> Tensor:
-        """Token ids [B, context_length]; what is longer is cut."""
-        return self.tokenizer(texts, padding="max_length", truncation=True, max_length=self.net.context_length,
-                              return_tensors="pt").input_ids
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Image embeddings [B, d], not normalised, of images [B, 3, H, W] in [0, 1]."""
-        return self.net.encode_image(self.preprocess(images))
-
-    def encode_texts(self, texts: list[str]) -> Tensor:
-        """Text embeddings [B, d], not normalised."""
-        return self.net.encode_text(self.tokenize(texts).to(self.mean.device))
-
-    def cosines(self, images: Tensor, texts: list[str]) -> Tensor:
-        """Cosine [B] of image i's and text i's embeddings; equal texts are encoded once."""
-        distinct = sorted(set(texts))
-        rows = [distinct.index(text) for text in texts]
-        return F.cosine_similarity(self.encode_images(images), self.encode_texts(distinct)[rows])
+    def image_size(self) -> int:
+        """Side of the network's images in pixels."""
+        return self.frame.size
 
 
-def fit_square(images: Tensor, size: int) -> Tensor:
-    """Resize the shortest side to `size` (bicubic, antialiased, clamped back to [0, 1]) and crop the middle.
-
-    Source: open_clip's `image_transform` with resize_mode "shortest". Differs: works on tensors, so that gradients
-    pass, and doesn't round to 8 bits.
-    """
-    height, width = images.shape[-2:]
-    if min(height, width) != size:
-        height, width = (size * side // min(height, width) for side in (height, width))
-        images = F.interpolate(images, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return images[..., top:top + size, left:left + size]
-
-
-def check_images(images: Tensor) -> None:
-    """Refuse anything but float images [B, 3, H, W] in [0, 1].
-
-    Raises:
-        ValueError: On another shape or type, NaN, or a value outside [0, 1] by more than RANGE_TOLERANCE. The range is
-            never guessed from the data.
-    """
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(f"images must be float [B, 3, H, W], not {images.dtype} {list(images.shape)}")
-    low, high = (float(v) for v in images.detach().aminmax()) if images.numel() else (0.0, 0.0)
-    if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
-        raise ValueError(f"images must lie in [0, 1], not [{low:g}, {high:g}]")
+def token_ids(tokenizer: CLIPTokenizer, length: int, texts: list[str]) -> Tensor:
+    """Token ids [B, length]; what is longer is cut."""
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
 
 
 def new_clip(config: dict, tokenizer: CLIPTokenizer) -> ClipModel:

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from rewardiv.clip_models import fit_square, load_clip, new_clip, save_clip
+from rewardiv.clip_models import load_clip, new_clip, save_clip
 from rewardiv.errors import UserError
 from rewardiv.registry import REWARDS, RewardEntry
-from rewardiv.rewards import Reward, load_reward
-from rewardiv.rewards.clip import clip_score
+from rewardiv.rewards import Reward, load_reward, network_reward
+from rewardiv.rewards.clip import ClipScore
 from rewardiv.rewards.colorfulness import colorfulness
-from rewardiv.rewards.preference import preference_score
+from rewardiv.rewards.preference import PreferenceScore
 
 PROMPTS = ["a cat", "a dog on red", "a cat"]
 
@@ -49,13 +50,14 @@ def resnet_clip_dir(tiny_clip_dir: Path, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(params=["clip", "clip, a ResNet", "preference", "colorfulness"])
 def reward(request: pytest.FixtureRequest, tiny_clip_dir: Path, resnet_clip_dir: Path) -> Reward:
     """Each reward, in float64, the learned ones on a tiny random model."""
-    scores = {
-        "clip": lambda: clip_score(load_clip(tiny_clip_dir).double()),
-        "clip, a ResNet": lambda: clip_score(load_clip(resnet_clip_dir).double()),
-        "preference": lambda: preference_score(load_clip(tiny_clip_dir).double()),
-        "colorfulness": lambda: colorfulness,
+    networks = {
+        "clip": lambda: ClipScore(load_clip(tiny_clip_dir)),
+        "clip, a ResNet": lambda: ClipScore(load_clip(resnet_clip_dir)),
+        "preference": lambda: PreferenceScore(load_clip(tiny_clip_dir)),
     }
-    return Reward(request.param, scores[request.param]())
+    if request.param == "colorfulness":
+        return Reward(request.param, colorfulness)
+    return network_reward(request.param, networks[request.param]().double())
 
 
 def directional(score: Callable[[Tensor], Tensor], images: Tensor, h: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -158,13 +160,24 @@ def test_open_clip_itself_reads_the_folder_and_agrees(folder: str, request: pyte
     torch.testing.assert_close(model.encode_texts(PROMPTS), reference.encode_text(model.tokenize(PROMPTS)))
 
 
-def test_fit_square_keeps_the_right_size_and_crops_the_middle() -> None:
-    image = random_images(1, 3, 64, 64)
-    assert torch.equal(fit_square(image, 64), image)
-    wide = torch.cat([torch.zeros(1, 3, 64, 10), image, torch.zeros(1, 3, 64, 10)], dim=3)
-    assert torch.equal(fit_square(wide, 64), image)
-    flat = fit_square(torch.full((1, 3, 100, 130), 0.7), 64)
-    torch.testing.assert_close(flat, torch.full((1, 3, 64, 64), 0.7))
+@torch.no_grad()
+def test_the_official_path_takes_pictures_of_any_sizes(reward: Reward) -> None:
+    """And agrees with the other within Pillow's rounding, where there is one."""
+    images = [(255 * random_images(1, 3, *size)).round().to(torch.uint8) for size in ((64, 64), (96, 80), (40, 50))]
+    pictures = [Image.fromarray(image[0].permute(1, 2, 0).numpy()) for image in images]
+    official = reward.official(pictures, PROMPTS)
+    tensors = torch.cat([reward(image / 255, [prompt]) for image, prompt in zip(images, PROMPTS, strict=True)])
+    torch.testing.assert_close(official, tensors, rtol=2e-2, atol=5e-3)
+    torch.testing.assert_close(reward.official(images[0], PROMPTS[:1]), official[:1])
+    with pytest.raises(ValueError, match="3 images need"):
+        reward.official(pictures, PROMPTS[:2])
+
+
+def test_a_function_that_somebody_added_is_a_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = RewardEntry("redness", None, "", function=lambda: lambda images, prompts: images[:, 0].mean((1, 2)))
+    monkeypatch.setitem(REWARDS, "redness", entry)
+    images = random_images(3, 3, 8, 8)
+    torch.testing.assert_close(load_reward("redness")(images, PROMPTS), images[:, 0].mean((1, 2)))
 
 
 def test_colorfulness_needs_no_files() -> None:

@@ -6,13 +6,17 @@ images' rewards is the log-odds that the first is preferred (Bradley-Terry).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from torch import Tensor, nn
 
-from torch import Tensor
-
-from rewardiv.clip_models import ClipModel
+from rewardiv.clip_models import TwoTowers
 
 
-def preference_score(model: ClipModel) -> Callable[[Tensor, list[str]], Tensor]:
-    """The reward of a preference model, in units of log-odds."""
-    return lambda images, prompts: model.logit_scale.exp() * model.cosines(images, prompts)
+class PreferenceScore(nn.Module):
+    """Framed images [B, 3, S, S] and B prompts to rewards [B] in units of log-odds."""
+
+    def __init__(self, towers: TwoTowers) -> None:
+        super().__init__()
+        self.towers, self.frame = towers, towers.frame
+
+    def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        return self.towers.logit_scale.exp() * self.towers.pixel_cosines(pixels, prompts)
