@@ -14,10 +14,11 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from rewardiv import extensions
 from rewardiv.errors import UserError, nearest
 
 DOMAINS = ("exact", "nemo", "t", "logsnr")
@@ -25,6 +26,8 @@ MAX_KNOTS = 32
 MIN_KNOT_GAP = 1e-6  # in progress
 MAX_LOGSNR = 20.0  # a scheduler with no signal at all in its first step says -inf
 EDGE = 1e-9  # a step schedule's edge, wider than the rounding of 1 - (1 - i/N)
+CHECKED_POINTS = 256  # of a curve that somebody added
+ROUNDING = 1e-6  # that such a curve may miss its ends by, or rise by
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII)
 NEMO_NAME = re.compile(r"(power|step)_(.+)")
@@ -54,12 +57,14 @@ class Clock:
 
     exact: 1 - i/(N-1), reaches both ends. nemo: 1 - i/N, the authors', never reaches 0. t: the scheduler's t/T.
     logsnr: the log signal-to-noise ratio, rescaled to 1 at the first step and 0 at the last.
+    calls: how often each step calls the network; empty where that is once everywhere.
     """
 
     exact: tuple[float, ...]
     nemo: tuple[float, ...]
     t: tuple[float, ...] = ()
     logsnr: tuple[float, ...] = ()
+    calls: tuple[int, ...] = ()
 
     @staticmethod
     def of_steps(n: int, t: Sequence[float] | None = None, logsnr: Sequence[float] | None = None) -> Clock:
@@ -98,21 +103,25 @@ class Gamma:
     step:0, which is 0 everywhere (the finetuned model alone); step:1@nemo is 1 at every step (the base model alone).
 
     Attributes:
-        shape: One of SHAPES.
+        shape: One of SHAPES, or one that somebody added (see rewardiv.extensions).
         params: The shape's numbers; for knots the pairs (progress, gamma) in one row, sorted by progress.
         domain: One of DOMAINS.
+        curve: The function (progress, *params) -> gamma of a shape that was added; None for the project's own.
 
     Raises:
-        UserError: If a name is unknown, a number is out of range, or knots leave [0, 1], rise or miss an end.
+        UserError: If a name is unknown, a number is out of range, or knots or a curve that was added leave [0, 1], rise
+            or miss an end.
     """
 
     shape: str
     params: tuple[float, ...] = ()
     domain: str = "exact"
+    curve: Callable[..., float] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.shape not in SHAPES:
-            raise UserError(f"unknown gamma shape '{self.shape}'{nearest(self.shape, SHAPES)}")
+        added = {} if self.shape in SHAPES else extensions.load().gammas
+        if self.shape not in SHAPES and self.shape not in added:
+            raise UserError(f"unknown gamma shape '{self.shape}'{nearest(self.shape, [*SHAPES, *added])}")
         if self.domain not in DOMAINS:
             raise UserError(f"unknown gamma domain '{self.domain}'{nearest(self.domain, DOMAINS)}")
         params = tuple(float(value) + 0.0 for value in self.params)  # -0.0 becomes 0.0
@@ -121,6 +130,9 @@ class Gamma:
         else:
             _check_params(self.shape, params)
         object.__setattr__(self, "params", params)
+        if self.shape in added:
+            object.__setattr__(self, "curve", added[self.shape].function())
+            self._check_curve()
 
     def __str__(self) -> str:
         """The text that parses back to this schedule; the default domain is not written."""
@@ -149,8 +161,10 @@ class Gamma:
                 return _sigmoid(progress, *self.params)
             case "cosine":
                 return (1 + math.cos(math.pi * progress)) / 2
-            case _:
+            case "knots":
                 return _monotone_cubic(progress, self.params[::2], self.params[1::2])
+            case _:
+                return self._added(progress)
 
     def at(self, clock: Clock, i: int) -> float:
         """The base model's weight at step `i` of `clock`, with tau measured in this schedule's domain."""
@@ -159,11 +173,36 @@ class Gamma:
             raise UserError(f"gamma '{self}' needs the scheduler's {self.domain}, which is not known here; use @exact")
         return self(taus[i])
 
+    def _added(self, progress: float) -> float:
+        """The added curve at `progress`, exactly 1 and 0 at the ends, which it was checked to meet."""
+        if progress in (0, 1):
+            return 1.0 - progress
+        return min(1.0, max(0.0, float(self.curve(progress, *self.params))))
+
+    def _check_curve(self) -> None:
+        """Refuse an added curve that fails, leaves [0, 1], rises or misses an end, with the offending point."""
+        before = 1.0
+        for k in range(CHECKED_POINTS + 1):
+            progress = k / CHECKED_POINTS
+            try:
+                value = float(self.curve(progress, *self.params))
+            except Exception as error:  # somebody else's code, which may raise anything
+                raise UserError(f"gamma '{self}' fails at progress {progress:g}: {type(error).__name__}: {error}") from error
+            here = f"at progress {progress:g} gamma '{self}' is {value:g}"
+            if not -ROUNDING <= value <= 1 + ROUNDING:
+                raise UserError(f"{here}; it must lie in 0 to 1")
+            if value > before + ROUNDING:
+                raise UserError(f"{here}, after {before:g}; it may only fall")
+            if progress in (0, 1) and abs(value - (1 - progress)) > ROUNDING:
+                raise UserError(f"{here}; it must be {1 - progress:g} there")
+            before = value
+
 
 def parse_gamma(text: str) -> Gamma:
     """A schedule from its text: a shape with its numbers, then `@domain` where it isn't the default.
 
     linear, power:P, step:F, sigmoid:K:C, cosine, knots:0=1,0.3=0.9,1=0, with @exact (default), @nemo, @t or @logsnr.
+    A shape that somebody added is written like these: its name, then its numbers.
     NeMo's power_2.0 and step_0.6 name the shape only: add @nemo for NeMo's steps as well.
 
     Raises:
@@ -176,7 +215,8 @@ def parse_gamma(text: str) -> Gamma:
     if shape == "knots":
         params = [number for pair in rest.split(",") for number in _knot(pair, text)]
     else:
-        params = [parse_number(piece, text) for piece in rest.split(":")] if colon and shape in SHAPES else []
+        is_known = shape in SHAPES or shape in extensions.load().gammas
+        params = [parse_number(piece, text) for piece in rest.split(":")] if colon and is_known else []
     return Gamma(shape, tuple(params), domain if at else "exact")
 
 
@@ -200,7 +240,7 @@ def _knot(pair: str, text: str) -> tuple[float, float]:
 
 
 def _check_params(shape: str, params: tuple[float, ...]) -> None:
-    known = SHAPES[shape]
+    known = SHAPES[shape] if shape in SHAPES else _added_parameters(shape)
     usage = ":".join((shape, *(parameter.name for parameter in known)))
     if len(params) != len(known):
         raise UserError(f"gamma shape '{shape}' is written {usage}; numbers given: {len(params)}")
@@ -208,6 +248,11 @@ def _check_params(shape: str, params: tuple[float, ...]) -> None:
         if not parameter.low <= value <= parameter.high:
             span = f"{parameter.low:g} to {parameter.high:g}"
             raise UserError(f"{parameter.name} = {value:g} in gamma {usage} is outside {span}")
+
+
+def _added_parameters(shape: str) -> tuple[Parameter, ...]:
+    ranges = extensions.load().gammas[shape].values.get("parameters", {})
+    return tuple(Parameter(name, *map(float, span)) for name, span in ranges.items())
 
 
 def _checked_knots(params: tuple[float, ...]) -> tuple[float, ...]:
