@@ -1,7 +1,7 @@
-"""LoRA adapters on a diffusers UNet: attach, load, save, remove, and the scale of every row of a batch.
+"""LoRA adapters on a UNet or a text encoder: attach, load, save, remove, and the scale of every row of a batch.
 
-At rest no adapter is active: the UNet is the base model. `lora_scale` is the only place that changes that, and it puts
-everything back. The adapters are PEFT layers injected by diffusers' own loader; files are in diffusers' LoRA layout.
+At rest no adapter is active: the network is the base model's. `lora_scale` is the only place that changes that, and it puts
+everything back. The adapters are PEFT layers. Files are read in any layout (lora_formats) and written in diffusers'.
 """
 
 from __future__ import annotations
@@ -9,46 +9,29 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import LoraLayer
-from peft.utils import get_peft_model_state_dict
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from rewardiv.errors import UserError
+from rewardiv.lora_formats import METADATA_KEY, FileLayer, LoraFile, family_of, read_lora
 from rewardiv.registry import LORA_FILE
 from rewardiv.runs import write_bytes
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-KEY = re.compile(r"unet\.(.+)\.lora_([AB])\.weight")
-METADATA_KEY = "lora_adapter_metadata"  # diffusers' name for the JSON in a LoRA file's header
 CONFIG_KEYS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora")
-
-
-class LoraFile(NamedTuple):
-    """What a LoRA file holds: tensors by key ("unet.<layer>.lora_A.weight") and PEFT's settings ("unet.r")."""
-
-    state: dict[str, Tensor]
-    settings: dict[str, object]
-
-
-class FileLayer(NamedTuple):
-    """One layer of a LoRA file: up · down · alpha / rank is what it adds to the layer's weight."""
-
-    name: str
-    down: Tensor
-    up: Tensor
-    alpha: float
+Adapters = str | Mapping[str, float] | None  # one, several with weights, or the base model alone
 
 
 def attach_adapter(
@@ -90,29 +73,36 @@ def attach_adapter(
 
 
 def load_adapter(unet: UNet2DConditionModel, name: str, path: str | Path, *, model_name: str = "this model") -> None:
-    """Load a LoRA file (or the folder that holds pytorch_lora_weights.safetensors) as a frozen adapter.
+    """Load a LoRA file, or the folder that holds it, that changes the UNet alone; see load_lora and read_lora."""
+    load_lora({"unet": unet}, name, read_lora(path, layers_per_block=unet.config.layers_per_block), model_name=model_name)
+
+
+def load_lora(networks: Mapping[str, nn.Module], name: str, lora: LoraFile, *, model_name: str = "this model") -> None:
+    """Load a LoRA, which lora_formats.read_lora has read, as a frozen adapter of every network that it changes.
+
+    Where the LoRA is refused, no network has changed.
 
     Args:
-        unet: The network.
-        name: The adapter's name in this network.
-        path: The file or folder.
+        networks: "unet", and "text_encoder" and "text_encoder_2" where the model has them.
+        name: The adapter's name in these networks, unused so far.
+        lora: What the file holds.
         model_name: What to call the base model in an error.
 
     Raises:
-        UserError: If the file is missing, damaged, in another layout, or made for another model (both are named).
+        UserError: If the LoRA was made for another model (both are named), has no UNet part, or changes a text encoder that
+            isn't among the networks.
     """
-    path = Path(path)
-    file = path / LORA_FILE if path.is_dir() else path
-    state, settings = _read(file)
-    _check_fit(unet, state, file, model_name)
-    state = {key: tensor.to(unet.dtype) for key, tensor in state.items()}
-    try:
-        with _others_untouched(unet):
-            unet.load_lora_adapter(state, prefix="unet", adapter_name=name, metadata=settings or None)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"the LoRA {file} is damaged: {_first_line(error)}") from error
-    for parameter in adapter_parameters(unet, name):
-        parameter.requires_grad_(False)
+    if "unet" not in lora.parts:
+        raise UserError(f"the LoRA {lora.file} changes text encoders only; one that changes the UNet is needed")
+    _check_family(networks["unet"], lora, model_name)
+    if others := [part.replace("_", " ") for part in lora.parts if part not in networks]:
+        raise UserError(f"the LoRA {lora.file} changes the {' and the '.join(others)} too, which isn't done here; its UNet "
+                        "part can be used alone: save the file without the keys that begin with lora_te or text_encoder")
+    fitted = {part: [_fitted(network, layer, lora.file, model_name) for layer in lora.layers if layer.part == part]
+              for part, network in networks.items()}
+    for part, layers in fitted.items():
+        if layers:
+            _inject(networks[part], name, layers)
 
 
 def save_adapter(unet: UNet2DConditionModel, name: str, folder: str | Path) -> Path:
@@ -130,31 +120,22 @@ def save_adapter(unet: UNet2DConditionModel, name: str, folder: str | Path) -> P
     return write_bytes(Path(folder) / LORA_FILE, save(state, metadata))  # not save_file, which hides a full disk
 
 
-def read_layers(path: str | Path) -> list[FileLayer]:
-    """The layers of a LoRA file (or of the folder that holds pytorch_lora_weights.safetensors), in the file's order.
-
-    Raises:
-        UserError: If the file is missing, damaged or in another layout.
-    """
-    path = Path(path)
-    file = path / LORA_FILE if path.is_dir() else path
-    state, settings = _read(file)
-    alphas = settings.get("unet.alpha_pattern") or {}
-    layers = []
-    for name in dict.fromkeys(KEY.fullmatch(key)[1] for key in state):
-        down, up = (state.get(f"unet.{name}.lora_{side}.weight") for side in "AB")
-        if down is None or up is None:
-            raise UserError(f"the LoRA {file} is damaged: {name} lacks its A or B")
-        rank = len(down)
-        alpha = alphas.get(get_pattern_key(alphas, name), settings.get("unet.lora_alpha", rank))
-        layers.append(FileLayer(name, down, up, alpha * rank**0.5 if settings.get("unet.use_rslora") else float(alpha)))
-    return layers
+def has_adapter(network: nn.Module, name: str) -> bool:
+    """Whether the network has layers of this adapter."""
+    return name in getattr(network, "peft_config", {})
 
 
-def remove_adapter(unet: UNet2DConditionModel, name: str) -> None:
+def adapters_in(network: nn.Module, adapters: Adapters) -> dict[str, float]:
+    """Those of the adapters that change this network, with their weights."""
+    return {name: weight for name, weight in _weights(adapters).items() if has_adapter(network, name)}
+
+
+def remove_adapter(network: nn.Module, name: str) -> None:
     """Take an adapter out of the network; the others stay."""
-    with _others_untouched(unet):
-        unet.delete_adapters(name)
+    with _others_untouched(network):
+        for layer in _layers_of(network, name):
+            layer.delete_adapter(name)
+        del network.peft_config[name]
 
 
 def adapter_parameters(unet: UNet2DConditionModel, name: str) -> list[nn.Parameter]:
@@ -193,16 +174,17 @@ def dropping(unet: UNet2DConditionModel, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def lora_scale(unet: UNet2DConditionModel, name: str | None, scale: float | Tensor) -> Iterator[None]:
-    """Inside, the UNet is base + scale · adapter; afterwards, also after an exception, everything is as before.
+def lora_scale(network: nn.Module, adapters: Adapters, scale: float | Tensor) -> Iterator[None]:
+    """Inside, the network is base + scale · Σ weight · adapter; afterwards, also after an exception, all is as before.
 
-    The scale is absolute (0 base, 1 finetuned) and multiplies the adapter's own alpha / rank. Where all rows have scale
-    0 the adapter is off; a single row of scale 0 equals that exactly. Not thread safe: hold the model's lock. With
-    gradient checkpointing the backward pass computes forward again and must happen inside too.
+    The scale is absolute (0 base, 1 finetuned) and multiplies each adapter's own weight and its alpha / rank. Where all rows
+    have scale 0 the adapters are off; a single row of scale 0 equals that exactly, and so does a weight of 0. The order of
+    adapters doesn't matter, to the bit. Not thread safe: hold the model's lock. With gradient checkpointing the backward
+    pass computes forward again and must happen inside too.
 
     Args:
-        unet: The network.
-        name: The adapter; None for the base model, whatever the scale.
+        network: The UNet, or a text encoder.
+        adapters: An adapter, or several with their weights; None for the base model, whatever the scale.
         scale: One number, or a tensor [B] with one scale for each row of the network's batch.
 
     Raises:
@@ -212,48 +194,56 @@ def lora_scale(unet: UNet2DConditionModel, name: str | None, scale: float | Tens
     rows = torch.as_tensor(scale, dtype=torch.float32).detach().cpu()
     if rows.ndim and bool((rows == rows[0]).all()):
         rows = rows[0]
-    off = name is None or (not rows.ndim and not rows)
-    layers = [] if name is None else _layers_of(unet, name)
-    scales = [layer.scaling[name] for layer in layers]
-    active = [(layer, layer._active_adapter, layer._disable_adapters) for layer in _layers(unet)]
+    weights = _weights(adapters)
+    layers = {layer: {} for name in weights for layer in _layers_of(network, name)}
+    for layer, own in layers.items():
+        own.update({name: layer.scaling[name] for name in weights if name in layer.scaling})
+    names = [] if not rows.ndim and not rows else [name for name, weight in weights.items() if weight]
+    active = [(layer, layer._active_adapter, layer._disable_adapters) for layer in _layers(network)]
     hooks = []
     try:
         for layer, _, _ in active:
-            layer._active_adapter, layer._disable_adapters = [] if off else [name], False
-        for layer, own in zip(layers, scales, strict=True):
+            layer._active_adapter, layer._disable_adapters = names, False
+        for layer, own in layers.items():
+            factors = {name: weights[name] * scaling for name, scaling in own.items()}
             if rows.ndim:
-                hooks.append(layer.register_forward_pre_hook(_row_scales(name, rows * own)))
+                hooks.append(layer.register_forward_pre_hook(_row_scales(factors, rows)))
             else:
-                layer.scaling[name] = float(rows) * own
+                layer.scaling.update({name: float(rows) * factor for name, factor in factors.items()})
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for layer, own in zip(layers, scales, strict=True):
-            layer.scaling[name] = own
-        for layer, names, disabled in active:
-            layer._active_adapter, layer._disable_adapters = names, disabled
+        for layer, own in layers.items():
+            layer.scaling.update(own)
+        for layer, before, disabled in active:
+            layer._active_adapter, layer._disable_adapters = before, disabled
 
 
-def _row_scales(name: str, rows: Tensor) -> Callable[[LoraLayer, tuple[Tensor, ...]], None]:
+def _weights(adapters: Adapters) -> dict[str, float]:
+    return {adapters: 1.0} if isinstance(adapters, str) else {name: adapters[name] for name in sorted(adapters or {})}
+
+
+def _row_scales(factors: Mapping[str, float], rows: Tensor) -> Callable[[LoraLayer, tuple[Tensor, ...]], None]:
     """A hook that shapes the scales to a layer's input: [B, 1], [B, 1, 1] or [B, 1, 1, 1]."""
 
     def hook(layer: LoraLayer, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
         if len(x) != len(rows):
             raise ValueError(f"{len(rows)} LoRA scales for a batch of {len(x)} rows")
-        weight = layer.lora_A[name].weight
-        layer.scaling[name] = rows.to(weight).view(-1, *[1] * (x.ndim - 1))
+        for name, factor in factors.items():
+            weight = layer.lora_A[name].weight
+            layer.scaling[name] = (rows * factor).to(weight).view(-1, *[1] * (x.ndim - 1))
 
     return hook
 
 
-def _layers(unet: nn.Module) -> list[LoraLayer]:
-    return [module for module in unet.modules() if isinstance(module, LoraLayer)]
+def _layers(network: nn.Module) -> list[LoraLayer]:
+    return [module for module in network.modules() if isinstance(module, LoraLayer)]
 
 
-def _layers_of(unet: nn.Module, name: str) -> list[LoraLayer]:
-    layers = [layer for layer in _layers(unet) if name in layer.lora_A]
+def _layers_of(network: nn.Module, name: str) -> list[LoraLayer]:
+    layers = [layer for layer in _layers(network) if name in layer.lora_A]
     if not layers:
         raise KeyError(f"no adapter '{name}'")
     return layers
@@ -264,58 +254,83 @@ def _base(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _others_untouched(unet: nn.Module) -> Iterator[None]:
+def _others_untouched(network: nn.Module) -> Iterator[None]:
     """Keep which weights are trainable while PEFT adds or removes an adapter, and leave no adapter active."""
-    trainable = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     try:
         yield
     finally:
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
-        for layer in _layers(unet):
+        for layer in _layers(network):
             layer._active_adapter = []
 
 
-def _read(file: Path) -> LoraFile:
-    """Tensors and settings of a LoRA file in diffusers' layout."""
-    if not file.is_file():
-        raise UserError(f"no LoRA file {file}")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            state = {key: opened.get_tensor(key) for key in opened.keys()}
-        settings = json.loads(metadata.get(METADATA_KEY, "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"the LoRA {file} is damaged: {_first_line(error)}") from error
-    strange = [key for key in state if not KEY.fullmatch(key)]
-    if strange or not state or settings.get("unet.use_dora"):
-        seen = f"'{strange[0]}'" if strange else "DoRA" if state else "nothing"
-        raise UserError(f"the LoRA {file} isn't a UNet LoRA in diffusers' layout (keys "
-                        f"'unet.<layer>.lora_A.weight' and 'unet.<layer>.lora_B.weight'): it holds {seen}")
-    broken = [key for key, tensor in state.items() if not tensor.isfinite().all()]
-    if broken:
-        raise UserError(f"the LoRA {file} is damaged: {broken[0]} holds numbers that aren't finite")
-    return LoraFile(state, {key: value for key, value in settings.items() if key.removeprefix("unet.") in CONFIG_KEYS})
+def _check_family(unet: nn.Module, lora: LoraFile, model_name: str) -> None:
+    """Refuse a LoRA of another model family, by the width of the text embeddings or a second text encoder."""
+    width = unet.config.cross_attention_dim
+    two_encoders = "text_encoder_2" in lora.parts and unet.config.addition_embed_type != "text_time"
+    if two_encoders or lora.text_width not in (None, width):
+        made_for = "SDXL (a second text encoder)" if two_encoders else family_of(lora.text_width)
+        raise UserError(f"the LoRA {lora.file} was made for {made_for}; {model_name} is {family_of(width)}")
 
 
-def _check_fit(unet: nn.Module, state: dict[str, Tensor], file: Path, model_name: str) -> None:
-    """Refuse a LoRA whose layers or shapes aren't the network's."""
+def _fitted(network: nn.Module, layer: FileLayer, file: Path, model_name: str) -> FileLayer:
+    """The layer under the network's own name and in its shape; a 1 × 1 convolution and a linear layer are the same.
+
+    Raises:
+        UserError: If the network has no such layer, or one of another size.
+    """
     other = f"the LoRA {file} was made for another model than {model_name}"
-    modules = {layer: _base(module) for layer, module in unet.named_modules()}
-    for layer in dict.fromkeys(KEY.fullmatch(key)[1] for key in state):
-        base = modules.get(layer)
-        if not isinstance(base, nn.Linear | nn.Conv2d):
-            raise UserError(f"{other}, which has no layer {layer}")
-        pair = [state.get(f"unet.{layer}.lora_{side}.weight") for side in "AB"]
-        if any(tensor is None for tensor in pair):
-            raise UserError(f"the LoRA {file} is damaged: {layer} lacks its A or B")
-        down, up = pair
-        out_size, *fan_in = base.weight.shape
-        kernel = [1] * len(fan_in[1:])
-        if list(down.shape[1:]) != fan_in or list(up.shape) != [out_size, len(down), *kernel]:
-            raise UserError(f"{other}: {layer} maps {down.shape[1]} to {len(up)} channels there, "
-                            f"{fan_in[0]} to {out_size} here")
+    name = layer.name
+    if layer.part != "unet" and not hasattr(network, "text_model"):
+        name = name.removeprefix("text_model.")  # transformers 5 dropped it where nothing else is beside
+    try:
+        base = _base(network.get_submodule(name))
+    except AttributeError:
+        base = None
+    if not isinstance(base, nn.Linear | nn.Conv2d):
+        raise UserError(f"{other}, whose {layer.part} has no layer {name}")
+    out_size, *fan_in = base.weight.shape
+    down_shape, up_shape = (len(layer.down), *fan_in), (out_size, len(layer.down), *[1] * len(fan_in[1:]))
+    if _trimmed(layer.down.shape) != _trimmed(down_shape) or _trimmed(layer.up.shape) != _trimmed(up_shape):
+        raise UserError(f"{other}: {name} maps {list(layer.down.shape[1:])} to {len(layer.up)} channels there, {fan_in} to "
+                        f"{out_size} here")
+    return layer._replace(name=name, down=layer.down.reshape(down_shape), up=layer.up.reshape(up_shape))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _trimmed(shape: Sequence[int]) -> tuple[int, ...]:
+    """A weight's shape without a kernel of 1 × 1."""
+    return tuple(shape[:2]) if all(side == 1 for side in shape[2:]) else tuple(shape)
+
+
+def _inject(network: nn.Module, name: str, layers: Sequence[FileLayer]) -> None:
+    """Add the adapter with exactly these layers, in the base weights' type and place, with nothing to train."""
+    if has_adapter(network, name):
+        raise ValueError(f"there is an adapter '{name}' already")
+    state = {f"{layer.name}.lora_{side}.weight": tensor.contiguous()
+             for layer in layers for side, tensor in (("A", layer.down), ("B", layer.up))}
+    config = LoraConfig(
+        r=_most(len(layer.down) for layer in layers), lora_alpha=_most(layer.alpha for layer in layers),
+        rank_pattern=_pattern(layers, lambda layer: len(layer.down)), alpha_pattern=_pattern(layers, lambda layer: layer.alpha),
+        target_modules=[layer.name for layer in layers],
+    )
+    with _others_untouched(network):
+        inject_adapter_in_model(config, network, name, low_cpu_mem_usage=True, state_dict=state)
+        set_peft_model_state_dict(network, state, name, low_cpu_mem_usage=True)
+        for layer in _layers_of(network, name):
+            weight = layer.get_base_layer().weight
+            for factor in (layer.lora_A[name], layer.lora_B[name]):
+                factor.to(weight.device, weight.dtype).requires_grad_(False)
+
+
+def _most(values: Iterator[float]) -> float:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _pattern(layers: Sequence[FileLayer], value: Callable[[FileLayer], float]) -> dict[str, float]:
+    """PEFT's table of values that differ from the most common one, with one pattern a value: it tries each on every layer."""
+    common, groups = _most(map(value, layers)), {}
+    for layer in layers:
+        groups.setdefault(value(layer), []).append(re.escape(layer.name))
+    return {f"^(?:{'|'.join(names)})": number for number, names in groups.items() if number != common}

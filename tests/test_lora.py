@@ -24,6 +24,7 @@ from rewardiv.lora import (
     remove_adapter,
     save_adapter,
 )
+from rewardiv.lora_formats import read_lora
 
 FILE = "pytorch_lora_weights.safetensors"
 TARGETS = ("to_q", "to_out.0", "conv1", "time_emb_proj")
@@ -137,6 +138,81 @@ def test_adapters_side_by_side_do_not_mix(tuned: UNet2DConditionModel, second_lo
         adapter_parameters(tuned, "b")
 
 
+@pytest.fixture()
+def pair(tuned: UNet2DConditionModel, sparse_lora_dir: Path) -> UNet2DConditionModel:
+    """A UNet with the adapters "a" and "b", the second one on fewer layers."""
+    load_adapter(tuned, "b", sparse_lora_dir)
+    return tuned
+
+
+@pytest.fixture(scope="module")
+def sparse_lora_dir(second_lora_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("loras")
+    state = {key: tensor for key, tensor in load_file(second_lora_dir / FILE).items() if "attn" in key or "conv1" in key}
+    save_file(state, folder / FILE)
+    return folder
+
+
+def add_by_hand(unet: UNet2DConditionModel, file: Path, factor: float) -> None:
+    """W + factor · B A for every layer of a file without alphas."""
+    state = load_file(file)
+    for key in (key for key in state if ".lora_A." in key):
+        weight = unet.get_submodule(key.removeprefix("unet.").removesuffix(".lora_A.weight")).weight
+        weight.data += factor * (state[key.replace("lora_A", "lora_B")].flatten(1) @ state[key].flatten(1)).view(weight.shape)
+
+
+@pytest.mark.parametrize(("first", "second", "scale"), [(1.0, 1.0, 1.0), (0.7, -0.4, 0.5)])
+def test_several_loras_are_the_sum_of_their_changes(
+    pair: UNet2DConditionModel, tiny_model_dir: Path, tiny_lora_dir: Path, sparse_lora_dir: Path, first: float,
+    second: float, scale: float,
+) -> None:
+    by_hand = UNet2DConditionModel.from_pretrained(tiny_model_dir, subfolder="unet")
+    add_by_hand(by_hand, tiny_lora_dir / FILE, scale * first)
+    add_by_hand(by_hand, sparse_lora_dir / FILE, scale * second)
+    with lora_scale(pair, {"a": first, "b": second}, scale):
+        together = output(pair)
+    torch.testing.assert_close(together, output(by_hand), atol=1e-5, rtol=1e-5)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_model_dir)
+    pipe.load_lora_weights(tiny_lora_dir, adapter_name="a")
+    pipe.load_lora_weights(sparse_lora_dir, adapter_name="b")
+    pipe.set_adapters(["a", "b"], [scale * first, scale * second])
+    torch.testing.assert_close(together, output(pipe.unet), atol=1e-5, rtol=1e-5)
+
+
+def test_the_order_of_loras_is_nothing_and_weight_zero_is_absence(pair: UNet2DConditionModel) -> None:
+    base = output(pair)
+
+    def at(adapters: dict[str, float] | str, scale: float | Tensor = 1.0) -> Tensor:
+        with lora_scale(pair, adapters, scale):
+            return output(pair)
+
+    rows = torch.tensor([0.0, 0.5, 1.0, 0.0])
+    for scale in (1.0, 0.3, rows):
+        assert torch.equal(at({"a": 0.7, "b": 0.4}, scale), at({"b": 0.4, "a": 0.7}, scale))
+        assert torch.equal(at({"a": 1.0, "b": 0.0}, scale), at("a", scale))
+        assert torch.equal(at({"a": 0.0, "b": 0.0}, scale), base)
+        assert torch.equal(at({}, scale), base)
+    assert not torch.allclose(at({"a": 1.0, "b": 1.0}), at("a"), atol=1e-2)
+
+
+def test_several_loras_at_a_scale_per_row_equal_separate_calls(pair: UNet2DConditionModel) -> None:
+    base, before = output(pair), state_of(pair)
+    adapters, scales = {"a": 0.8, "b": -0.5}, torch.tensor([0.0, 0.5, 1.0, 1.7])
+    with lora_scale(pair, adapters, scales):
+        together = output(pair)
+    assert state_of(pair) == before
+    assert torch.equal(together[0], base[0])
+    for k, scale in enumerate(scales.tolist()):
+        with lora_scale(pair, adapters, scale):
+            torch.testing.assert_close(together[k], output(pair)[k], atol=1e-5, rtol=1e-5)
+    with pytest.raises(KeyError, match="no adapter 'c'"), lora_scale(pair, {"a": 1.0, "c": 0.0}, 1.0):
+        output(pair)
+    with pytest.raises(RuntimeError, match="inside"), lora_scale(pair, adapters, scales):
+        output(pair)
+        raise RuntimeError("inside")
+    assert state_of(pair) == before
+
+
 def test_a_new_adapter_changes_nothing_and_is_the_only_thing_that_learns(
     tuned: UNet2DConditionModel, tiny_lora_dir: Path,
 ) -> None:
@@ -214,6 +290,27 @@ def test_dropout_drops_inside_dropping_only(unet: UNet2DConditionModel) -> None:
             assert not torch.equal(output(unet), output(unet))
             raise KeyError("inside")
         assert torch.equal(output(unet), plain)
+
+
+def test_a_loaded_adapter_saves_as_itself(
+    unet: UNet2DConditionModel, tiny_model_dir: Path, tmp_path: Path,
+) -> None:
+    """Ranks and alphas that differ from layer to layer stay with their layers."""
+    state, settings = {}, {"unet.r": 1, "unet.lora_alpha": 1.0, "unet.rank_pattern": {}, "unet.alpha_pattern": {}}
+    generator = torch.Generator().manual_seed(6)
+    for k, name in enumerate(name for name, module in unet.named_modules() if name.endswith(("to_q", "to_k", "conv1"))):
+        out_size, in_size, *kernel = unet.get_submodule(name).weight.shape
+        rank = settings["unet.rank_pattern"][f"^{name}"] = 1 + k % 3
+        settings["unet.alpha_pattern"][f"^{name}"] = 0.5 + k % 4
+        state |= {f"unet.{name}.lora_A.weight": torch.randn(rank, in_size, *kernel, generator=generator) * 0.1,
+                  f"unet.{name}.lora_B.weight": torch.randn(out_size, rank, *[1] * len(kernel), generator=generator)}
+    given = tmp_path / FILE
+    save_file(state, given, metadata={"lora_adapter_metadata": json.dumps(settings)})
+    load_adapter(unet, "a", given)
+    saved = save_adapter(unet, "a", tmp_path / "again")
+    for layer, again in zip(read_lora(given).layers, read_lora(saved).layers, strict=True):
+        assert layer.name == again.name and layer.alpha == again.alpha
+        assert torch.equal(layer.down, again.down) and torch.equal(layer.up, again.up)
 
 
 def test_a_lora_for_another_model_is_refused_naming_both(wide_model_dir: Path, tiny_lora_dir: Path) -> None:
