@@ -7,6 +7,7 @@ import os
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
+from rewardiv.errors import UserError
 from rewardiv.jobs import default_runs_dir
 from rewardiv.ui import PREPARED_RUNS, create_demo, launch_options
 from rewardiv.ui.lazy_engine import LazyEngine
@@ -15,7 +16,8 @@ from rewardiv.ui.lazy_engine import LazyEngine
 def main() -> None:
     """Serve the page at once, and load the models behind it."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    engine = LazyEngine(os.environ.get("REWARDIV_DEVICE", "cpu"))
+    said = os.environ.get
+    engine = LazyEngine(said("REWARDIV_DEVICE", "cpu"), said("REWARDIV_DTYPE", "float32"), said("REWARDIV_OFFLOAD", "0") == "1")
     only_shown = os.environ.get("REWARDIV_DEMO", "0") not in ("", "0")  # a host that doesn't train
     runs_dir = PREPARED_RUNS if only_shown else default_runs_dir()
     demo = create_demo(engine, runs_dir=runs_dir, training=not only_shown, device=engine.device)
@@ -25,4 +27,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -10,9 +10,12 @@ from typing import Any, Self
 from rewardiv.errors import UserError, nearest
 from rewardiv.methods import parse_methods
 
-SCHEDULERS = ("ddim", "euler", "dpm++2m")
+TRAIN_SCHEDULERS = ("ddim", "euler", "dpm++2m")
+SCHEDULERS = ("model", *TRAIN_SCHEDULERS, "dpm++2s", "unipc", "deis", "pndm", "heun", "dpm2")  # "model" is the model's own
 MAX_SEED = 2**32 - 1
 MAX_SEEDS = 4096  # in one run
+MAX_SIDE = 4096  # px of an image
+SIDE_STEP = 8  # px; sides are multiples of it
 
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -211,7 +214,7 @@ class TrainConfig(Settings):
 
 
 TRAIN_CHOICES: dict[str, tuple[object, ...]] = {
-    "scheduler": SCHEDULERS, "algorithm": tuple(ALGORITHMS), "mixed_precision": PRECISIONS, "report_to": ("", *TRACKERS),
+    "scheduler": TRAIN_SCHEDULERS, "algorithm": tuple(ALGORITHMS), "mixed_precision": PRECISIONS, "report_to": ("", *TRACKERS),
     "gradient_checkpointing": (False, True),
 }
 
@@ -252,15 +255,19 @@ class SampleConfig(Settings):
     """Everything that decides which images a run makes and which rewards score them; checked when it is made.
 
     Attributes:
-        model: A built-in model's name, a diffusers folder or a hub id.
-        lora: A built-in LoRA's name or its folder or file; "" where every method is base.
+        model: A known model's name, a diffusers folder, a single-file checkpoint or a hub id.
+        lora: A known LoRA's name, its folder or file or a hub id, NAME=WEIGHT, several joined by +; "" where every method is
+            base.
         prompt: What to draw.
         negative_prompt: What guidance leads away from.
         methods: As design and command line write them; kept in their canonical text, so power_2.0 becomes power:2.
         seeds: One image a seed and method; 0 to 2^32 - 1, each once.
         num_inference_steps: Denoising steps, 1 to 1000.
         guidance_scale: Classifier-free guidance, 1 (off) to 30.
-        scheduler: One of SCHEDULERS.
+        guidance_rescale: 0 (off) to 1, the share by which the guided output's deviation returns to the unguided one's.
+        scheduler: One of SCHEDULERS; "model" is the model's own.
+        height: Of the images in px, a multiple of 8; 0 is the model's own.
+        width: As height.
         rewards: Rewards that score the images; () is the one that the LoRA was trained on.
 
     Raises:
@@ -275,8 +282,11 @@ class SampleConfig(Settings):
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)
     num_inference_steps: int = 20
     guidance_scale: float = 3.0
-    scheduler: str = "ddim"
+    scheduler: str = "model"
     rewards: tuple[str, ...] = ()
+    guidance_rescale: float = 0.0
+    height: int = 0
+    width: int = 0
 
     def __post_init__(self) -> None:
         for name in ("model", "lora", "prompt", "negative_prompt", "scheduler"):
@@ -301,9 +311,22 @@ class SampleConfig(Settings):
             raise UserError(f"the number of steps is {steps!r}; it must be a whole number from 1 to 1000")
         if not _is_number(guidance) or not 1 <= guidance <= 30:
             raise UserError(f"the guidance scale is {guidance!r}; it must be a number from 1 (off) to 30")
+        if not _is_number(self.guidance_rescale) or not 0 <= self.guidance_rescale <= 1:
+            raise UserError(f"the guidance rescale is {self.guidance_rescale!r}; it must be a number from 0 (off) to 1")
+        for name in ("height", "width"):
+            _check_side(name, getattr(self, name))
+        object.__setattr__(self, "guidance_rescale", float(self.guidance_rescale))
         object.__setattr__(self, "guidance_scale", float(guidance))
         object.__setattr__(self, "methods", tuple(map(str, methods)))
         object.__setattr__(self, "seeds", _checked_seeds(self.seeds))
+
+
+def _check_side(name: str, side: object) -> None:
+    if not isinstance(side, int) or isinstance(side, bool) or not 0 <= side <= MAX_SIDE:
+        raise UserError(f"the {name} is {side!r}; it must be a whole number of px up to {MAX_SIDE}, or 0 for the model's own")
+    if side % SIDE_STEP:
+        near = max(SIDE_STEP, round(side / SIDE_STEP) * SIDE_STEP)
+        raise UserError(f"the {name} is {side} px; it must be a multiple of {SIDE_STEP}, such as {near}")
 
 
 def _is_whole(text: str) -> bool:

@@ -45,7 +45,10 @@ def command_line(config: SampleConfig, output_dir: str = "DIR") -> str:
         ("seeds", format_seeds(config.seeds)), *(("method", method) for method in config.methods),
         *(("reward", reward) for reward in config.rewards),
         ("num-inference-steps", str(config.num_inference_steps)), ("guidance-scale", f"{config.guidance_scale:.12g}"),
-        ("scheduler", config.scheduler), ("output-dir", output_dir),
+        *([("guidance-rescale", f"{config.guidance_rescale:.12g}")] if config.guidance_rescale else []),
+        ("scheduler", config.scheduler),
+        *((side, str(px)) for side, px in (("height", config.height), ("width", config.width)) if px),
+        ("output-dir", output_dir),
     ]
     words = ["python", "-m", "rewardiv", "sample"]
     for name, value in options:
@@ -96,6 +99,7 @@ def report(result: Result) -> dict[str, object]:
         "elapsed_s": round(result.elapsed_s, 3),
         "steps_done": result.step,
         "prompt_cut": result.cut,
+        "safety": {"state": result.safety.state, "flagged": {name: list(own) for name, own in result.safety.flagged.items()}},
         "versions": versions(),
     }
 
@@ -248,13 +252,18 @@ def _png(picture: Image.Image, result: Result, **own: object) -> bytes:
     return out.getvalue()
 
 
+def _short_names(lora: str) -> str:
+    """The names of LoRAs without their folders."""
+    return "+".join(Path(name).name for name in lora.split("+"))
+
+
 def _subtitle(result: Result, num_shown: int) -> str:
     config = result.config
     num_seeds = len(config.seeds)
     parts = [
-        Path(config.model).name, f"LoRA {Path(config.lora).name}" if config.lora else "no LoRA",
+        Path(config.model).name, f"LoRA {_short_names(config.lora)}" if config.lora else "no LoRA",
         f"{config.num_inference_steps} steps" if result.finished else f"stopped after {result.step} steps",
-        f"guidance {config.guidance_scale:g}", config.scheduler,
+        f"guidance {config.guidance_scale:g}", "own scheduler" if config.scheduler == "model" else config.scheduler,
         f"{num_seeds} seeds" if num_shown == num_seeds else f"the first {num_shown} of {num_seeds} seeds",
     ]
     return " · ".join(parts)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -14,15 +16,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rewardiv import hub, memory
 from rewardiv.config import SampleConfig
 from rewardiv.errors import UserError
 from rewardiv.features import load_features
 from rewardiv.gamma import Clock
+from rewardiv.lora_mix import adapter_weights, find_loras
+from rewardiv.memory import MemoryPlan
 from rewardiv.methods import Method, parse_methods
 from rewardiv.metrics import SpectralReport, mean_interval, spectral_report
 from rewardiv.models import Model, load_model
-from rewardiv.registry import CHECKPOINTS, find_lora, find_model, find_reward
+from rewardiv.pipelines import read_checker
+from rewardiv.prompts import PromptCheck
+from rewardiv.registry import CHECKPOINTS, Entry, find_model, find_reward
 from rewardiv.rewards import Reward, load_reward
+from rewardiv.safety import ABSENT, OFF, ON, SafetyChecker, SafetyReport, public_host
 from rewardiv.sampling import Step, clock_of, initial_noise, make_scheduler, sample
 
 Images = NDArray[np.uint8]  # [S, H, W, 3]
@@ -45,6 +53,8 @@ class Engine:
     Args:
         device: Where everything runs.
         dtype: Of the base model; rewards and features compute in float32.
+        offload: Keep the model's text encoders and autoencoder on the CPU while they aren't used.
+        safety: Black out what a model's own safety checker flags; None does so where the host is public.
         features_path: The CLIP folder behind the diversity numbers; None is the built-in one.
     """
 
@@ -53,19 +63,52 @@ class Engine:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         features_path: str | None = None,
+        offload: bool = False,
+        safety: bool | None = None,
     ) -> None:
         self.device, self.dtype, self.features_path = device, dtype, features_path or FEATURES_PATH
+        self.offload, self.safety = offload, public_host() if safety is None else safety
         self._lock = threading.RLock()
         self._loaded: dict[tuple[str, str], object] = {}
 
     def model(self, name: str) -> Model:
-        """The base model of this name or folder."""
+        """The base model of this name, folder or hub id; only the last one asked for is kept."""
+        self.makes_room_for(name)
+        return self._once(("model", find_model(name).path),
+                          lambda: load_model(name, device=self.device, dtype=self.dtype, offload=self.offload))
+
+    def makes_room_for(self, name: str) -> bool:
+        """Let go of every other base model; whether this one still has to be loaded."""
         path = find_model(name).path
-        return self._once(("model", path), lambda: load_model(name, device=self.device, dtype=self.dtype))
+        with self._lock:
+            for kind, other in [*self._loaded]:
+                if kind in ("model", "safety") and other != path:
+                    del self._loaded[kind, other]
+            return ("model", path) not in self._loaded
+
+    def safety_checker(self, name: str) -> SafetyChecker | None:
+        """The base model's own safety checker, where it has one and it is asked for."""
+        if not self.safety:
+            return None
+        entry = find_model(name)
+
+        def load() -> SafetyChecker | None:
+            parts = read_checker(hub.local_path(entry))
+            return parts and SafetyChecker(parts, self.device)
+
+        return self._once(("safety", entry.path), load)
 
     def reward(self, name: str) -> Reward:
         """The reward of this name or folder."""
         return self._once(("reward", name), lambda: load_reward(name, device=self.device))
+
+    def release_rewards(self) -> list[str]:
+        """Let go of the rewards, to be loaded again when they are next used; gives their names. A run keeps its own."""
+        with self._lock:
+            names = [name for kind, name in self._loaded if kind == "reward"]
+            for name in names:
+                del self._loaded["reward", name]
+            return names
 
     def features(self) -> Callable[[Tensor], Tensor]:
         """Images [n, 3, H, W] in [0, 1] to features [n, d]."""
@@ -130,6 +173,7 @@ class Progress:
         reward: Name of the reward behind `MethodScore.rewards`.
         cut: What the text encoder leaves out of a prompt that is too long.
         curves: Mean reward and SCD of each method so far.
+        safety: Whether a safety checker looked at `previews`, and what it blacked out.
     """
 
     step: int
@@ -142,6 +186,7 @@ class Progress:
     reward: str
     cut: str = ""
     curves: Curves = field(default_factory=dict)
+    safety: SafetyReport = SafetyReport()
 
 
 @dataclass(frozen=True)
@@ -157,6 +202,7 @@ class Result:
     reward: str
     cut: str = ""
     curves: Curves = field(default_factory=dict)
+    safety: SafetyReport = SafetyReport()
 
     @property
     def finished(self) -> bool:
@@ -198,7 +244,7 @@ def partial_result(config: SampleConfig, progress: Progress) -> Result:
         raise ValueError(f"step {progress.step} has no previews; keep the last Progress that had some")
     return Result(
         config, progress.previews, progress.scores, progress.rows, progress.elapsed_s, progress.step, progress.reward,
-        progress.cut, progress.curves,
+        progress.cut, progress.curves, progress.safety,
     )
 
 
@@ -208,21 +254,45 @@ def check(config: SampleConfig) -> None:
     Raises:
         UserError: If one is unknown, its files are missing, or the LoRA belongs to another model.
     """
+    for entry in entries(config):
+        if entry.path is not None:
+            hub.local_paths(entry)
     model = find_model(config.model)
-    for name in reward_names(config):
-        find_reward(name)
-    if not _needs_lora(config):
-        return
-    lora = find_lora(config.lora)
-    if lora.model and lora.model != model.name:
-        raise UserError(f"LoRA '{config.lora}' was made for model '{lora.model}', not for '{config.model}'")
+    for lora, _ in find_loras(config.lora) if _needs_lora(config) else ():
+        if lora.model and lora.model != model.name:
+            raise UserError(f"LoRA '{lora.name}' was made for model '{lora.model}', not for '{config.model}'")
+
+
+def entries(config: SampleConfig) -> list[Entry]:
+    """What a run loads by name: its base model, its LoRAs, its rewards.
+
+    Raises:
+        UserError: If a name is unknown, or local files are missing.
+    """
+    loras = [lora for lora, _ in find_loras(config.lora)] if _needs_lora(config) else []
+    return [find_model(config.model), *loras, *map(find_reward, reward_names(config))]
+
+
+def memory_plan(engine: Engine, config: SampleConfig) -> MemoryPlan | None:
+    """What the run will take of the engine's device, before anything is loaded; None for a single-file checkpoint.
+
+    Raises:
+        UserError: If a name is unknown, or files are missing or damaged.
+    """
+    (folder,), *others = (hub.local_paths(entry) if entry.path else () for entry in entries(config))
+    if folder.is_file():
+        return None
+    paths = [path for some in others for path in some]
+    paths += [Path(engine.features_path)] if len(config.seeds) >= MIN_SPECTRAL else []
+    return memory.plan(config, folder, paths, device=engine.device, dtype=engine.dtype, offload=engine.offload)
 
 
 def reward_names(config: SampleConfig) -> tuple[str, ...]:
-    """The rewards that score a run: those asked for, else the one that the LoRA was trained on, else colorfulness."""
+    """The rewards that score a run: those asked for, else those that the LoRAs were trained on, else colorfulness."""
     if config.rewards:
         return config.rewards
-    return ((find_lora(config.lora).reward if config.lora else "") or NO_REWARD,)
+    trained = dict.fromkeys(lora.reward for lora, _ in find_loras(config.lora) if lora.reward)
+    return tuple(trained) or (NO_REWARD,)
 
 
 @dataclass(frozen=True)
@@ -244,15 +314,20 @@ def open_run(engine: Engine, config: SampleConfig, methods: Sequence[Method]) ->
         UserError: If files are missing, damaged, or don't fit each other.
     """
     model = engine.model(config.model)
-    adapter = model.use_lora(find_lora(config.lora)) if _needs_lora(config) else None
+    adapters = adapter_weights(find_loras(config.lora), model.use_lora) if _needs_lora(config) else None
     prompt = model.check_prompt(config.prompt)
-    negative = model.check_prompt(config.negative_prompt).kept if config.negative_prompt.strip() else ""
-    embeds, negative_embeds = model.encode_prompts([prompt.kept, negative]).split(1)
+    negative = model.check_prompt(config.negative_prompt) if config.negative_prompt.strip() else PromptCheck("", "")
+    cut = [prompt.cut, negative.cut and f"of the negative prompt: {negative.cut}"]
+    shape = model.sized(config.height, config.width)
     scheduler = make_scheduler(model.scheduler_config, config.scheduler, config.num_inference_steps, model.device)
-    predict = model.predictor(embeds, negative_embeds, guidance_scale=config.guidance_scale, adapter=adapter)
-    noise = initial_noise(config.seeds, model.latent_shape, device=model.device, dtype=model.dtype)
+    cond, negative_cond = model.encode_prompts([prompt.kept, negative.kept]).split(1)
+    max_rows = memory.network_rows(model.unet.config, *shape[1:], model.dtype, model.device, lora=bool(adapters),
+                                   passes=1 if config.guidance_scale == 1 else 2)
+    predict = model.predictor(cond, negative_cond, guidance_scale=config.guidance_scale, adapter=adapters,
+                              guidance_rescale=config.guidance_rescale, max_rows=max_rows)
+    noise = initial_noise(config.seeds, shape, device=model.device, dtype=model.dtype)
     steps = sample(predict, noise, methods, scheduler)
-    return Run(model, tuple(methods), clock_of(scheduler), steps, prompt.cut)
+    return Run(model, tuple(methods), clock_of(scheduler), steps, "; ".join(filter(None, cut)))
 
 
 @torch.no_grad()
@@ -352,8 +427,12 @@ def _generate(engine: Engine, config: SampleConfig, pace: _Pace) -> Iterator[Pro
     methods = parse_methods(config.methods)
     if BASE not in methods and len(config.seeds) >= MIN_SPECTRAL:
         methods += (BASE,)
+    if engine.makes_room_for(config.model) and (plan := memory_plan(engine, config)):
+        memory.check_fits(plan, device=engine.device, dtype=engine.dtype, offload=engine.offload)
     run = open_run(engine, config, methods)
-    scorer = _Scorer(engine, config, run)
+    scorer, guard = _Scorer(engine, config, run), engine.safety_checker(config.model)
+    absent = engine.safety and guard is None and bool(find_model(config.model).sources)
+    safety = SafetyReport(ABSENT if absent else OFF)
     curves: Curves = {method: () for method in config.methods}
     num_steps, sampling_s, start = config.num_inference_steps, 0.0, time.perf_counter()
     with closing(run.steps):
@@ -366,6 +445,9 @@ def _generate(engine: Engine, config: SampleConfig, pace: _Pace) -> Iterator[Pro
             previews, scores = None, {}
             if last or pace.due(step_number, sampling_s):
                 images = decode(run.model, step.latents if last else step.denoised)
+                if guard:
+                    images, flags = guard.blacked_out(images)
+                    safety = _safety_report(config, methods, flags)
                 previews, scores = _arrays(config, methods, images), scorer(images, sampling_s, final=last)
                 curves = {method: (*curves[method], _point(step_number, score)) for method, score in scores.items()}
                 pace.spend(time.perf_counter() - sampled)
@@ -373,10 +455,11 @@ def _generate(engine: Engine, config: SampleConfig, pace: _Pace) -> Iterator[Pro
             remaining_s = elapsed_s / step_number * (num_steps - step_number)
             yield Progress(
                 step_number, num_steps, previews, scores, step.rows, elapsed_s, remaining_s, next(iter(scorer.rewards)),
-                run.cut, curves,
+                run.cut, curves, safety,
             )
     yield Result(
-        config, previews, scores, step.rows, elapsed_s, num_steps, next(iter(scorer.rewards)), run.cut, curves
+        config, previews, scores, step.rows, elapsed_s, num_steps, next(iter(scorer.rewards)), run.cut, curves,
+        safety,
     )
 
 
@@ -388,6 +471,11 @@ def _arrays(config: SampleConfig, methods: Sequence[Method], images: Sequence[Te
     """The images of the methods asked for, channels last, on the host."""
     pairs = zip(methods, images, strict=True)
     return {str(m): one.permute(0, 2, 3, 1).cpu().numpy() for m, one in pairs if str(m) in config.methods}
+
+
+def _safety_report(config: SampleConfig, methods: Sequence[Method], flags: Sequence[Sequence[bool]]) -> SafetyReport:
+    seeds = {str(method): tuple(itertools.compress(config.seeds, own)) for method, own in zip(methods, flags, strict=True)}
+    return SafetyReport(ON, {method: own for method, own in seeds.items() if own and method in config.methods})
 
 
 def _point(step: int, score: MethodScore) -> CurvePoint:

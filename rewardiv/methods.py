@@ -114,8 +114,8 @@ class Method:
                 return tuple(term for term in (Term(0.0, base), Term(1.0, 1 - base)) if term.weight)
 
     def nfe(self, clock: Clock, guidance_scale: float) -> int:
-        """Network evaluations that one image needs by itself: one a term and step, two where guidance is on."""
-        passes = sum(len(self.terms(clock, i)) for i in range(len(clock)))
+        """Network evaluations that one image needs by itself: one a term and call, two where guidance is on."""
+        passes = sum(len(self.terms(clock, i)) * (clock.calls[i] if clock.calls else 1) for i in range(len(clock)))
         return passes if guidance_scale == 1 else 2 * passes
 
 

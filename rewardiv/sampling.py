@@ -7,22 +7,46 @@ truncated gradient).
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
 from rewardiv.errors import UserError, nearest
 from rewardiv.gamma import Clock
 from rewardiv.methods import Method, Term
 
-Scheduler = DDIMScheduler | EulerDiscreteScheduler | DPMSolverMultistepScheduler
+DataSolver = DPMSolverMultistepScheduler | DPMSolverSinglestepScheduler | UniPCMultistepScheduler  # keep data predictions
+Scheduler = (DDIMScheduler | PNDMScheduler | EulerDiscreteScheduler | HeunDiscreteScheduler | KDPM2DiscreteScheduler
+             | DEISMultistepScheduler | DataSolver)
 SCHEDULERS: dict[str, type[Scheduler]] = {
     "ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpm++2m": DPMSolverMultistepScheduler,
+    "dpm++2s": DPMSolverSinglestepScheduler, "unipc": UniPCMultistepScheduler, "deis": DEISMultistepScheduler,
+    "pndm": PNDMScheduler, "heun": HeunDiscreteScheduler, "dpm2": KDPM2DiscreteScheduler,
+}
+OWN = "model"  # stands for the model's own scheduler
+OWN_NAMES = {kind.__name__: name for name, kind in SCHEDULERS.items()} | {  # those that add noise: as without it
+    "DDPMScheduler": "ddim", "EulerAncestralDiscreteScheduler": "euler", "KDPM2AncestralDiscreteScheduler": "dpm2",
+    "DPMSolverSDEScheduler": "dpm++2m",
+}
+FIXED_SETTINGS: dict[str, dict[str, object]] = {  # whatever a model's config says
+    "pndm": {"skip_prk_steps": True}, "dpm++2m": {"algorithm_type": "dpmsolver++"},
+    "dpm++2s": {"algorithm_type": "dpmsolver++"}, "unipc": {"predict_x0": True},
 }
 SMALLEST_SIGNAL = 2.0**-24  # share of signal counted where a zero-terminal-SNR schedule has none; diffusers' own choice
 
@@ -43,7 +67,7 @@ class Step:
     Attributes:
         i: The step, 0 to num_steps - 1.
         num_steps: All steps of the run.
-        t: The timestep that was denoised.
+        t: The timestep that was denoised; the first one where a step calls the network twice.
         latents: [S, C, h, w] for each method, after the step. Methods that haven't parted yet share one tensor.
         denoised: The estimate of the final latents for each method, same shape.
         schedulers: Each method's after the step, with what a multistep solver remembers.
@@ -71,6 +95,25 @@ class Branch:
     denoised: Tensor | None = None
 
 
+def scheduler_name(config: Mapping[str, object], name: str) -> str:
+    """The key of SCHEDULERS that `name` stands for: itself, or for "model" the one that a model's config asks for.
+
+    Schedulers that add fresh noise on the way (ancestral and SDE ones, DDPM) are replaced by their deterministic relative,
+    which at one step is the same.
+
+    Raises:
+        UserError: If the name is unknown, or the model's own scheduler can't be used here.
+    """
+    if name != OWN:
+        if name not in SCHEDULERS:
+            raise UserError(f"unknown scheduler '{name}'{nearest(name, (OWN, *SCHEDULERS))}")
+        return name
+    own = str(config.get("_class_name", "DDIMScheduler"))
+    if own not in OWN_NAMES:
+        raise UserError(f"the model's own scheduler {own} can't be used here; choose one of {', '.join(SCHEDULERS)}")
+    return OWN_NAMES[own]
+
+
 def make_scheduler(
     config: Mapping[str, object], name: str, num_inference_steps: int, device: str | torch.device = "cpu",
 ) -> Scheduler:
@@ -82,27 +125,47 @@ def make_scheduler(
     Raises:
         UserError: If the name is unknown or the scheduler cannot take that number of steps with this model.
     """
-    if name not in SCHEDULERS:
-        raise UserError(f"unknown scheduler '{name}'{nearest(name, SCHEDULERS)}")
-    scheduler = SCHEDULERS[name].from_config(config)
+    name = scheduler_name(config, name)
+    kind = SCHEDULERS[name]
+    if config.get("rescale_betas_zero_snr") and not _takes_zero_snr(kind):
+        able = ", ".join(known for known, other in SCHEDULERS.items() if _takes_zero_snr(other))
+        raise UserError(f"this model's first step is pure noise, which the scheduler '{name}' can't take; choose one of {able}")
+    scheduler = kind.from_config(config, **FIXED_SETTINGS.get(name, {}))
     limit = scheduler.config.num_train_timesteps
     if not 1 <= num_inference_steps <= limit:
         raise UserError(f"the number of steps is {num_inference_steps}; this model takes 1 to {limit}")
     scheduler.set_timesteps(num_inference_steps, device=device)
-    scheduler.timesteps = scheduler.timesteps[:num_inference_steps]
-    if name != "ddim":
-        scheduler.sigmas = torch.cat([scheduler.sigmas[:num_inference_steps], scheduler.sigmas[-1:]])
-    if len(scheduler.timesteps.unique()) < num_inference_steps:
+    num_calls = sum(_calls(scheduler, num_inference_steps))
+    scheduler.timesteps = scheduler.timesteps[:num_calls]
+    if hasattr(scheduler, "sigmas") and len(scheduler.sigmas) > num_calls + 1:
+        scheduler.sigmas = torch.cat([scheduler.sigmas[:num_calls], scheduler.sigmas[-1:]])
+    first = torch.stack([times[0] for times in calls_of(scheduler)])
+    if len(first.unique()) < num_inference_steps and not scheduler.config.get("use_karras_sigmas"):
         raise UserError(f"the scheduler '{name}' cannot take {num_inference_steps} steps with this model; take fewer")
     return scheduler
 
 
+def calls_of(scheduler: Scheduler) -> list[Tensor]:
+    """The timesteps at which the network is called, step by step: one a step, or two with samplers of second order.
+
+    Heun's and DPM-2's steps take two but for the last one, PNDM's (without its Runge-Kutta start) only the first.
+    """
+    num_calls = len(scheduler.timesteps)
+    if scheduler.order == 2:
+        num_steps = (num_calls + 1) // 2
+    else:
+        num_steps = num_calls - 1 if isinstance(scheduler, PNDMScheduler) and num_calls > 1 else num_calls
+    return list(scheduler.timesteps.split(_calls(scheduler, num_steps)))
+
+
 def clock_of(scheduler: Scheduler) -> Clock:
     """tau of the scheduler's steps in every domain: t/T, and the log signal-to-noise ratio at t."""
-    times = scheduler.timesteps.double().cpu().numpy()
+    calls = calls_of(scheduler)
+    times = torch.stack([times[0] for times in calls]).cpu().double().numpy()
     signal = scheduler.alphas_cumprod.double().cpu().numpy().clip(SMALLEST_SIGNAL, 1 - SMALLEST_SIGNAL)
     logsnr = np.interp(times, np.arange(len(signal)), np.log(signal / (1 - signal)))
-    return Clock.of_steps(len(times), t=(times / scheduler.config.num_train_timesteps).tolist(), logsnr=logsnr.tolist())
+    clock = Clock.of_steps(len(times), t=(times / scheduler.config.num_train_timesteps).tolist(), logsnr=logsnr.tolist())
+    return replace(clock, calls=tuple(map(len, calls)))
 
 
 def initial_noise(
@@ -120,8 +183,9 @@ def sample(
 ) -> Iterator[Step]:
     """Denoise the same noise under every method, one record a step.
 
-    All trajectories, distinct LoRA scales and images go through one `predict` call a step. Methods share a trajectory
-    until their terms differ. The mixture Σ weight · output is taken after guidance, and the scheduler sees only it.
+    All trajectories, distinct LoRA scales and images go through one `predict` call a step (two where the sampler calls the
+    network twice, with the same mixture). Methods share a trajectory until their terms differ. The mixture
+    Σ weight · output is taken after guidance, and the scheduler sees only it.
 
     Args:
         predict: The guided model output, see Predict.
@@ -132,28 +196,32 @@ def sample(
             steps lets them reach `noise` too. Don't wrap the iteration in torch.inference_mode.
         start: The step to begin at, where `noise` is the scheduler's latents before that step instead of pure noise.
             A multistep solver goes on with what the scheduler remembers (`Step.schedulers`); a fresh one begins there
-            as at its first step.
+            as at its first step, which PNDM cannot.
 
     Raises:
-        ValueError: If there is no method, `grad_steps` isn't in 0 to the number of steps, or there is no step `start`.
+        ValueError: If there is no method, `grad_steps` isn't in 0 to the number of steps, or there is no step `start` to
+            begin at.
     """
     clock = clock_of(scheduler)
     if not methods or not 0 <= grad_steps <= len(clock):
         raise ValueError(f"{len(methods)} methods and grad_steps = {grad_steps} for {len(clock)} steps")
     if start is not None and not 0 <= start < len(clock):
         raise ValueError(f"no step {start}; there are {len(clock)}, counted from 0")
+    if start and isinstance(scheduler, PNDMScheduler) and not scheduler.counter:
+        raise ValueError("PNDM cannot begin late: its first step is of another kind")
     passes = getattr(predict, "passes", 1)
     latents = noise * scheduler.init_noise_sigma if start is None else noise
     branches = [Branch(list(range(len(methods))), latents, _fork(scheduler))]
     rows = 0
-    for i, t in list(enumerate(scheduler.timesteps))[start:]:
+    for i, times in list(enumerate(calls_of(scheduler)))[start:]:
         terms = [method.terms(clock, i) for method in methods]
-        with torch.set_grad_enabled(i >= len(clock) - grad_steps):
-            branches, step_rows = _advance(predict, branches, terms, t)
-        rows += step_rows * passes
+        for t in times:
+            with torch.set_grad_enabled(i >= len(clock) - grad_steps):
+                branches, call_rows = _advance(predict, branches, terms, t)
+            rows += call_rows * passes
         branch_of = {method: branch for branch in branches for method in branch.methods}
         owners = [branch_of[k] for k in range(len(methods))]
-        yield Step(i, len(clock), float(t), tuple(branch.latents for branch in owners),
+        yield Step(i, len(clock), float(times[0]), tuple(branch.latents for branch in owners),
                    tuple(branch.denoised for branch in owners), tuple(branch.scheduler for branch in owners), rows,
                    i == len(clock) - 1)
 
@@ -161,7 +229,7 @@ def sample(
 def _advance(
     predict: Predict, branches: list[Branch], terms: list[tuple[Term, ...]], t: Tensor,
 ) -> tuple[list[Branch], int]:
-    """Take every branch one step, splitting those whose methods part here; also the number of rows predicted."""
+    """Take every branch one network call on, splitting those whose methods part here; also the number of rows predicted."""
     size = len(branches[0].latents)
     scales = [sorted({term.lora_scale for k in branch.methods for term in terms[k]}) for branch in branches]
     inputs = [branch.scheduler.scale_model_input(branch.latents, t) for branch in branches]
@@ -190,19 +258,46 @@ def _mix(terms: tuple[Term, ...], output_at: Mapping[float, Tensor]) -> Tensor:
 
 def _stepped(branch: Branch, output: Tensor, t: Tensor) -> Branch:
     result = branch.scheduler.step(output, t, branch.latents)
-    if isinstance(branch.scheduler, DPMSolverMultistepScheduler):
-        denoised = branch.scheduler.model_outputs[-1]  # DPM-Solver++ keeps its data predictions
-    else:
+    if isinstance(branch.scheduler, DataSolver):
+        denoised = branch.scheduler.model_outputs[-1]
+    elif "pred_original_sample" in result:
         denoised = result.pred_original_sample
+    else:
+        denoised = _clean(branch.scheduler, output, t, branch.latents)
     return Branch(branch.methods, result.prev_sample, branch.scheduler, denoised)
+
+
+def _clean(scheduler: PNDMScheduler | DEISMultistepScheduler, output: Tensor, t: Tensor, latents: Tensor) -> Tensor:
+    """The estimate of the final latents, where x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps."""
+    abar = scheduler.alphas_cumprod[int(t)].to(latents)
+    match scheduler.config.prediction_type:
+        case "epsilon":
+            return (latents - (1 - abar).sqrt() * output) / abar.sqrt()
+        case "v_prediction":
+            return abar.sqrt() * latents - (1 - abar).sqrt() * output
+        case _:
+            return output
+
+
+def _calls(scheduler: Scheduler, num_steps: int) -> list[int]:
+    """Network calls of each step."""
+    if scheduler.order == 2:
+        return [2] * (num_steps - 1) + [1]
+    return [1 + (isinstance(scheduler, PNDMScheduler) and num_steps > 1)] + [1] * (num_steps - 1)
+
+
+def _takes_zero_snr(kind: type[Scheduler]) -> bool:
+    return "rescale_betas_zero_snr" in inspect.signature(kind.__init__).parameters
 
 
 def rows_of(scheduler: Scheduler, rows: slice) -> Scheduler:
     """A copy that remembers these images of the batch only."""
+    def cut(kept: object) -> object:
+        return kept[rows] if isinstance(kept, Tensor) and kept.ndim == 4 else kept
+
     twin = _fork(scheduler)
-    for name, kept in vars(twin).items():
-        if isinstance(kept, list):
-            setattr(twin, name, [one[rows] if isinstance(one, Tensor) else one for one in kept])
+    vars(twin).update({name: [cut(one) for one in kept] if isinstance(kept, list) else cut(kept)
+                       for name, kept in vars(twin).items()})
     return twin
 
 

@@ -11,14 +11,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the machine; threads that wait for each other would stall
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 MAX_LENGTH = 16  # tokens, with start and end
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "time_emb_proj")
@@ -29,6 +38,10 @@ V_SCHEDULER = {
 EPS_SCHEDULER = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "epsilon",
     "timestep_spacing": "leading", "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False,
+}
+XL_SCHEDULER = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "epsilon",
+    "timestep_spacing": "leading", "steps_offset": 1,
 }
 LoraWriter = Callable[..., Path]
 
@@ -90,6 +103,66 @@ def save_tiny_pipeline(folder: Path, scheduler: dict, channels: tuple[int, int] 
     return folder
 
 
+def tiny_text_config(tokenizer: CLIPTokenizer, width: int = 32) -> CLIPTextConfig:
+    """A text encoder of two layers."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=MAX_LENGTH, projection_dim=32, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def unit_variance(unet: UNet2DConditionModel, width: int, **added: torch.Tensor) -> UNet2DConditionModel:
+    """The UNet, its output scaled to about unit variance; the prompt is seen in it."""
+    with torch.no_grad():
+        for block in unet.modules():
+            if hasattr(block, "attn2"):
+                block.attn2.to_v.weight *= 4
+        output = unet(torch.randn(4, 4, 8, 8), 500, torch.randn(4, MAX_LENGTH, width), added_cond_kwargs=added).sample
+        unet.conv_out.weight /= output.std()
+    return unet
+
+
+def save_tiny_sd2(folder: Path, scheduler: dict) -> Path:
+    """Write a StableDiffusionPipeline as Stable Diffusion 2's: width 1024, linear projections, heads a level, PNDM."""
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+        tokenizer = tiny_tokenizer()
+        unet = UNet2DConditionModel(
+            sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=1024, norm_num_groups=8,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            attention_head_dim=(4, 8), use_linear_projection=True,
+        ).eval()
+        StableDiffusionPipeline(
+            vae=tiny_vae(), text_encoder=CLIPTextModel(tiny_text_config(tokenizer, 1024)), tokenizer=tokenizer,
+            unet=unit_variance(unet, 1024), scheduler=PNDMScheduler(**scheduler, skip_prk_steps=True), safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False,
+        ).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_xl(folder: Path, scheduler: dict, *, zero_empty: bool = True) -> Path:
+    """Write a StableDiffusionXLPipeline: two text encoders of other widths and tokenizers, pooled embeddings, sizes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(8)
+        tokenizers = [tiny_tokenizer(), tiny_tokenizer()]
+        tokenizers[1].pad_token = "!"
+        unet = UNet2DConditionModel(
+            sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=72, norm_num_groups=8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=(4, 8), use_linear_projection=True, transformer_layers_per_block=(1, 2),
+            addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 32,
+        ).eval()
+        added = {"text_embeds": torch.randn(4, 32), "time_ids": torch.full((4, 6), 16.0)}
+        StableDiffusionXLPipeline(
+            vae=tiny_vae(), text_encoder=CLIPTextModel(tiny_text_config(tokenizers[0])), tokenizer=tokenizers[0],
+            text_encoder_2=CLIPTextModelWithProjection(tiny_text_config(tokenizers[1], 40)), tokenizer_2=tokenizers[1],
+            unet=unit_variance(unet, 72, **added), scheduler=EulerDiscreteScheduler(**scheduler),
+            force_zeros_for_empty_prompt=zero_empty, add_watermarker=False,
+        ).save_pretrained(folder)
+    return folder
+
+
 def write_lora(
     folder: Path, unet: UNet2DConditionModel, *, seed: int = 1, strength: float = 0.6, rank: int = 4,
 ) -> Path:
@@ -119,6 +192,19 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_eps_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline with Stable Diffusion 1's scheduler: epsilon prediction, leading spacing."""
     return save_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny-eps", EPS_SCHEDULER)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline like Stable Diffusion 2.1's: v-prediction, cross attention 1024 wide."""
+    plain = {name: EPS_SCHEDULER[name] for name in ("beta_start", "beta_end", "beta_schedule", "steps_offset")}
+    return save_tiny_sd2(tmp_path_factory.mktemp("models") / "tiny-sd2", plain | {"prediction_type": "v_prediction"})
+
+
+@pytest.fixture(scope="session")
+def tiny_xl_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline like Stable Diffusion XL's: Euler, an empty negative prompt is zeros."""
+    return save_tiny_xl(tmp_path_factory.mktemp("models") / "tiny-xl", XL_SCHEDULER)
 
 
 @pytest.fixture(scope="session")

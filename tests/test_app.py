@@ -36,6 +36,14 @@ def test_app_serves_its_page_where_it_is_told_to() -> None:
     assert "rewardiv" in page and "rd-generate" in page
 
 
+def test_a_damaged_registry_file_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "registry.toml").write_text("[models.x\n")
+    environment = os.environ | {"REWARDIV_REGISTRY": str(tmp_path / "registry.toml")}
+    ended = subprocess.run([sys.executable, "app.py"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert ended.stderr.strip().splitlines()[-1].startswith(f"error: {tmp_path / 'registry.toml'} cannot be read")
+
+
 def fetched(url: str, process: subprocess.Popen, patience_s: float) -> str:
     deadline = time.monotonic() + patience_s
     while True:

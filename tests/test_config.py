@@ -48,7 +48,7 @@ def test_the_default_settings_can_be_used() -> None:
 def test_schedulers_are_those_of_the_sampler() -> None:
     from rewardiv import sampling
 
-    assert tuple(sampling.SCHEDULERS) == SCHEDULERS
+    assert (sampling.OWN, *sampling.SCHEDULERS) == SCHEDULERS
 
 
 def test_settings_survive_json() -> None:
@@ -94,6 +94,13 @@ def test_settings_that_are_left_out_take_their_defaults() -> None:
         ({"guidance_scale": 30.1}, "30"),
         ({"guidance_scale": float("nan")}, "nan"),
         ({"guidance_scale": "3"}, "number"),
+        ({"guidance_rescale": 1.1}, "from 0 .off. to 1"),
+        ({"guidance_rescale": "1"}, "number"),
+        ({"height": 100}, "height is 100 px; it must be a multiple of 8, such as 96"),
+        ({"width": 3}, "such as 8"),
+        ({"width": -8}, "whole number of px"),
+        ({"width": 64.0}, "whole number of px"),
+        ({"height": 8192}, "up to 4096"),
         ({"scheduler": "dimm"}, "'ddim'"),
         ({"rewards": ("clip", "clip")}, "twice"),
         ({"rewards": (None,)}, "None"),

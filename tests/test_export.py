@@ -147,7 +147,8 @@ def test_the_zip_holds_the_folder(tmp_path: Path) -> None:
         CONFIG,
         SampleConfig(),
         SampleConfig(lora="", methods=("base",), prompt="--odd \"quoted\" $HOME `x` \\", guidance_scale=1),
-        SampleConfig(prompt="-", guidance_scale=1.0000000001, seeds=(9, 8, 10, 11), scheduler="dpm++2m"),
+        SampleConfig(prompt="-", guidance_scale=1.0000000001, seeds=(9, 8, 10, 11), scheduler="dpm++2m", guidance_rescale=0.35,
+                     height=24),
     ],
 )
 def test_the_command_line_repeats_the_run(config: SampleConfig) -> None:

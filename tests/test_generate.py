@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -105,7 +107,8 @@ def test_interleaved_runs_make_the_images_they_make_alone(engine: Engine, config
 def test_settings_decide_the_images(engine: Engine, config: SampleConfig) -> None:
     config = replace(config, methods=("base",), seeds=(0,), num_inference_steps=2)
     first = result_of(engine, config)
-    for change in ({"prompt": "a face"}, {"negative_prompt": "a cat"}, {"guidance_scale": 5}, {"scheduler": "euler"}):
+    for change in ({"prompt": "a face"}, {"negative_prompt": "a cat"}, {"guidance_scale": 5}, {"scheduler": "euler"},
+                   {"guidance_rescale": 0.5}):
         other = result_of(engine, replace(config, **change))
         assert not np.array_equal(other.images["base"], first.images["base"]), change
 
@@ -196,6 +199,46 @@ def test_a_prompt_that_is_too_long_says_what_was_cut(engine: Engine, config: Sam
     assert result.cut and progress.cut == result.cut and long.prompt.strip().endswith(result.cut.strip())
 
 
+def test_what_is_cut_of_the_negative_prompt_is_said_too(engine: Engine, config: SampleConfig) -> None:
+    both = replace(config, prompt="cat " * 15, negative_prompt="face " * 15, methods=("base",), seeds=(0,),
+                   num_inference_steps=1)
+    assert result_of(engine, both).cut == "cat ; of the negative prompt: face "
+    assert result_of(engine, replace(both, prompt="cat")).cut == "of the negative prompt: face "
+
+
+def test_images_may_be_of_another_size_and_not_square(engine: Engine, config: SampleConfig) -> None:
+    result = result_of(engine, replace(config, height=24, width=40, methods=("base", "aig:linear")))
+    assert all(images.shape == (4, 24, 40, 3) for images in result.images.values())
+    assert result_of(engine, replace(config, width=32, methods=("base",))).images["base"].shape == (4, 16, 32, 3)
+
+
+@pytest.mark.parametrize("scheduler", ["model", "pndm", "heun"])
+def test_steps_are_steps_however_often_they_call_the_network(config: SampleConfig, tiny_clip_dir: Path,
+                                                             tiny_xl_dir: Path, scheduler: str) -> None:
+    engine = Engine(features_path=str(tiny_clip_dir))
+    *steps, result = generate(engine, replace(config, model=str(tiny_xl_dir), lora="", methods=("base",), scheduler=scheduler))
+    assert [step.step for step in steps] == [1, 2, 3, 4] and result.finished
+    calls = {"model": 4, "pndm": 5, "heun": 7}[scheduler]
+    assert result.scores["base"].nfe == 2 * calls and result.rows == 2 * calls * 4
+
+
+def test_one_base_model_is_in_memory(tiny_model_dir: Path, tiny_eps_model_dir: Path) -> None:
+    engine = Engine()
+    first = weakref.ref(engine.model(str(tiny_model_dir)))
+    assert engine.model(str(tiny_model_dir)) is first()
+    engine.model(str(tiny_eps_model_dir))
+    gc.collect()
+    assert first() is None
+
+
+def test_an_offloading_engine_draws_the_same(
+    config: SampleConfig, records: list[Progress | Result], tiny_clip_dir: Path,
+) -> None:
+    result = result_of(Engine(features_path=str(tiny_clip_dir), offload=True), config)
+    for method, images in records[-1].images.items():
+        np.testing.assert_array_equal(result.images[method], images)
+
+
 def test_base_alone_needs_no_lora(engine: Engine, config: SampleConfig, records: list[Progress | Result]) -> None:
     result = result_of(engine, replace(config, lora="", methods=("base",), rewards=()))
     assert result.reward == "colorfulness"
@@ -241,3 +284,13 @@ def test_previews_keep_to_their_share_of_the_time() -> None:
             shown += 1
     assert 0.1 * 999 < pace.spent_s <= 0.15 * 999
     assert shown == pytest.approx(pace.spent_s / 0.6)
+
+
+def test_released_rewards_are_freed_and_loaded_again_when_used() -> None:
+    engine = Engine()
+    reward = weakref.ref(engine.reward("vivid"))
+    assert engine.reward("vivid") is reward() and engine.reward("colorfulness")
+    assert engine.release_rewards() == ["vivid", "colorfulness"]
+    gc.collect()
+    assert reward() is None and engine.release_rewards() == []
+    assert engine.reward("vivid").name == "vivid"

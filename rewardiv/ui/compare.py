@@ -13,7 +13,8 @@ import gradio as gr
 
 from rewardiv.config import SCHEDULERS, format_seeds
 from rewardiv.errors import UserError
-from rewardiv.registry import LORAS, MODELS, REWARDS
+from rewardiv.hub import gib_text
+from rewardiv.registry import known
 from rewardiv.ui.form import KINDS, Form
 from rewardiv.ui.gamma_editor import gamma_editor
 from rewardiv.ui.history import history_html, history_strip
@@ -131,14 +132,22 @@ def _run_fields(form: Form) -> list[gr.components.Component]:
 def _more_fields(form: Form) -> list[gr.components.Component]:
     usage = "such as aig:step:0.6 anneal-lora:cosine lora:1.3"
     return [
-        gr.Dropdown(list(MODELS), value=form.model, label="Base model", allow_custom_value=True),
+        gr.Dropdown(list(known().models), value=form.model, label="Base model", allow_custom_value=True),
         gr.Textbox(form.negative_prompt, label="Negative prompt", info="what to lead away from"),
         gr.Slider(0, 2, form.lora_scale, step=0.05, label="LoRA scaled down to", info="0 is base, 1 is finetuned"),
         gr.Slider(0, 1, form.blend, step=0.05, label="Base model's share in the constant blend"),
         gr.Textbox(form.extra_methods, label="More methods, as typed", info=usage, elem_id="rd-extra"),
-        gr.Dropdown(list(SCHEDULERS), value=form.scheduler, label="Scheduler"),
+        gr.Dropdown(_scheduler_choices(), value=form.scheduler, label="Scheduler"),
         gr.Dropdown(_reward_choices(), value=form.reward, label="Reward that scores the images", allow_custom_value=True),
+        *_size_fields(form),
+        gr.Slider(0, 1, form.guidance_rescale, step=0.05, label="Guidance rescale", info="against overexposure; 0 is off"),
     ]
+
+
+def _size_fields(form: Form) -> list[gr.components.Component]:
+    with gr.Row():
+        return [gr.Number(getattr(form, side), label=f"{side.capitalize()}, px", info="0: the model's own", precision=0, step=8,
+                          min_width=100) for side in ("height", "width")]
 
 
 def _results(prepared: View) -> tuple[gr.components.Component, ...]:
@@ -207,12 +216,15 @@ def _run(open_engine: OpenEngine, screen: Screen, session: Session, form: Form) 
     yield {screen.status: status_html("Loading the model; only the first run waits for it…", 0, "running")}
     engine = open_engine()
     from rewardiv.export import command_line
-    from rewardiv.generate import Progress, generate, partial_result
+    from rewardiv.generate import Progress, generate, memory_plan, partial_result
 
     live = LiveRun(config, command_line(config))
     result: Result | None = None
     with closing(generate(engine, config)) as records:
         yield {screen.command: gr.update(value=live.command, visible=True), screen.seeds: format_seeds(config.seeds)}
+        if plan := memory_plan(engine, config):
+            takes = f"Starting; the run takes about {gib_text(plan.peak)}, and {gib_text(plan.free)} are free…"
+            yield {screen.status: status_html(takes, 0, "running")}
         for record in records:
             if not isinstance(record, Progress):
                 result = record
@@ -297,8 +309,12 @@ def _examples_html() -> str:
 
 
 def _lora_choices() -> list[tuple[str, str]]:
-    return [(f"{entry.name} (reward: {entry.reward})", entry.name) for entry in LORAS.values()]
+    return [(f"{e.name} (reward: {e.reward})" if e.reward else e.name, e.name) for e in known().loras.values()]
+
+
+def _scheduler_choices() -> list[tuple[str, str]]:
+    return [("the model's own" if name == "model" else name, name) for name in SCHEDULERS]
 
 
 def _reward_choices() -> list[tuple[str, str]]:
-    return [("the one that the LoRA was trained on", ""), *((f"{e.name}: {e.about}", e.name) for e in REWARDS.values())]
+    return [("the one that the LoRA was trained on", ""), *((f"{e.name}: {e.about}", e.name) for e in known().rewards.values())]

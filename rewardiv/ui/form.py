@@ -51,8 +51,11 @@ class Form:
     lora_scale: float = 0.5
     blend: float = 0.5
     extra_methods: str = ""
-    scheduler: str = "ddim"
+    scheduler: str = "model"
     reward: str = ""
+    height: float = 0
+    width: float = 0
+    guidance_rescale: float = 0.0
 
     def config(self) -> SampleConfig:
         """The settings that the fields stand for.
@@ -75,6 +78,9 @@ class Form:
             guidance_scale=self.guidance_scale,
             scheduler=self.scheduler,
             rewards=(self.reward,) if self.reward else (),
+            height=_whole(self.height or 0),
+            width=_whole(self.width or 0),
+            guidance_rescale=self.guidance_rescale,
         )
 
     def _methods(self) -> tuple[str, ...]:
@@ -94,7 +100,7 @@ class Form:
         """Fields that stand for `config`: what the tick boxes cannot say is written into `extra_methods`."""
         ticked: dict[str, Method] = {}
         extra: list[str] = []
-        gamma = next((m.gamma for m in map(parse_method, config.methods) if m.gamma is not None), None)
+        gamma = next((m.gamma for m in map(parse_method, config.methods) if m.gamma and not m.gamma.curve), None)
         for method in map(parse_method, config.methods):
             if method.kind in ticked or (method.gamma is not None and method.gamma != gamma):
                 extra.append(str(method))
@@ -116,6 +122,9 @@ class Form:
             extra_methods=" ".join(extra),
             scheduler=config.scheduler,
             reward=config.rewards[0] if config.rewards else "",
+            height=config.height,
+            width=config.width,
+            guidance_rescale=config.guidance_rescale,
         )
 
     def values(self) -> list[object]:

@@ -81,11 +81,14 @@ def data_uri(image: NDArray[np.uint8], *, preview: bool) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def grid_html(rows: Sequence[Row], seeds: Sequence[int], *, prompt: str, caption: str, stage: str = "") -> str:
-    """The grid: one named row a method, one column a seed; `stage` is live, stopped or empty."""
+def grid_html(
+    rows: Sequence[Row], seeds: Sequence[int], *, prompt: str, caption: str, stage: str = "", shape: tuple[int, int] = (1, 1),
+) -> str:
+    """The grid: one named row a method, one column a seed; `stage` is live, stopped or empty, `shape` the images' (H, W)."""
     heads = "".join(f'<span title="seed {seed}">{seed}</span>' for seed in seeds)
     body = "".join(_row_html(row, seeds, prompt) for row in rows)
-    return f"""<section class="rd-grid {stage}" style="--rd-columns:{len(seeds)}" aria-label="Images, methods by seeds">
+    style = f"--rd-columns:{len(seeds)};--rd-shape:{shape[1]}/{shape[0]}"
+    return f"""<section class="rd-grid {stage}" style="{style}" aria-label="Images, methods by seeds">
 <header class="rd-grid-head"><h2>{html.escape(prompt)}</h2><p>{html.escape(caption)}</p></header>
 <div class="rd-row rd-seeds" aria-hidden="true"><div class="rd-name">seed</div><div class="rd-cells">{heads}</div></div>
 {body}</section>"""

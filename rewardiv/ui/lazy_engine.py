@@ -6,6 +6,7 @@ import logging
 import threading
 from typing import TYPE_CHECKING
 
+from rewardiv.devices import pick_dtype
 from rewardiv.errors import UserError
 
 if TYPE_CHECKING:  # importing it takes as long as the page's whole start
@@ -19,10 +20,12 @@ class LazyEngine:
 
     Args:
         device: Where models run, such as cpu or cuda.
+        dtype: Of the base model, such as float16.
+        offload: As Engine's.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
-        self.device = device
+    def __init__(self, device: str = "cpu", dtype: str = "float32", offload: bool = False) -> None:
+        self.device, self.dtype, self.offload = device, dtype, offload
         self._lock = threading.Lock()
         self._engine: Engine | None = None
 
@@ -31,7 +34,7 @@ class LazyEngine:
             if self._engine is None:
                 from rewardiv.generate import Engine
 
-                self._engine = Engine(self.device)
+                self._engine = Engine(self.device, pick_dtype(self.dtype), offload=self.offload)
             return self._engine
 
     @property

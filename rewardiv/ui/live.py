@@ -43,6 +43,7 @@ class LiveRun:
         self.elapsed_s = 0.0
         self.reward = ""
         self.note = ""
+        self.shape = (1, 1)  # of the images, once there are some
         self.last: Progress | None = None  # with previews
         self._drawn_at: dict[str, float] = {}
 
@@ -54,6 +55,7 @@ class LiveRun:
         left = f" · about {progress.remaining_s:.0f} s left" if self.step < self.num_steps else ""
         self.note = f"Step {self.step} of {self.num_steps} · {self.elapsed_s:.0f} s{left}{_cut_note(progress.cut)}"
         for method, images in (progress.previews or {}).items():
+            self.shape = images.shape[1:3]
             uris = tuple(data_uri(image, preview=True) for image in images)
             self.rows[method] = replace(self.rows[method], uris=uris)
         self._score(progress.scores)
@@ -62,12 +64,13 @@ class LiveRun:
         """Take in the last record."""
         self.step, self.elapsed_s = self.num_steps, result.elapsed_s
         for method, images in result.images.items():
+            self.shape = images.shape[1:3]
             uris = tuple(data_uri(image, preview=False) for image in images)
             self.rows[method] = replace(self.rows[method], uris=uris)
         self._score(result.scores)
         num = sum(len(images) for images in result.images.values())
         self.note = f"{num} images in {result.elapsed_s:.1f} s · {result.rows:,} rows through the network"
-        self.note += _cut_note(result.cut)
+        self.note += _cut_note(result.cut) + (f" · {result.safety.sentence}" if result.safety.sentence else "")
 
     def due(self, part: str, every_s: float) -> bool:
         """Whether `part` was drawn at least `every_s` ago; counts as drawn now if so."""
@@ -84,7 +87,7 @@ class LiveRun:
     def grid(self, stage: str = "live") -> str:
         """The grid as it is now."""
         config, rows = self.config, list(self.rows.values())
-        return grid_html(rows, config.seeds, prompt=config.prompt, caption=run_caption(config), stage=stage)
+        return grid_html(rows, config.seeds, prompt=config.prompt, caption=run_caption(config), stage=stage, shape=self.shape)
 
     def plots(self) -> str:
         """Both plots as they are now."""
@@ -161,7 +164,8 @@ def run_caption(config: SampleConfig) -> str:
     """What was used, in a few words."""
     lora = f" · LoRA {Path(config.lora).name}" if config.lora else ""
     steps, guidance = config.num_inference_steps, number(config.guidance_scale)
-    return f"{Path(config.model).name}{lora} · {steps} steps · guidance {guidance} · {config.scheduler}"
+    scheduler = "own scheduler" if config.scheduler == "model" else config.scheduler
+    return f"{Path(config.model).name}{lora} · {steps} steps · guidance {guidance} · {scheduler}"
 
 
 def status_html(sentence: str, fraction: float, kind: str) -> str:

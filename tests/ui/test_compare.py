@@ -70,6 +70,18 @@ def test_a_run_ends_with_every_image_its_numbers_and_a_card(finished: list[dict]
     assert 'data-index="0"' in last_of(finished, screen.history)
 
 
+def test_what_a_run_takes_is_said_before_its_first_step(finished: list[dict], screen: Screen) -> None:
+    said = [update[screen.status] for update in finished if screen.status in update]
+    sentence = re.compile(r"the run takes about [\d.]+ \wiB, and [\d.]+ \wiB are free")
+    takes = [k for k, status in enumerate(said) if sentence.search(status)]
+    assert takes and takes[0] < next(k for k, status in enumerate(said) if "Step 1 of" in status)
+
+
+def test_the_grid_has_the_shape_of_its_images(engine: Engine, screen: Screen, form: Form) -> None:
+    wide = replace(form, height=16, width=40, seeds="0", num_inference_steps=1, methods=("base",))
+    assert "--rd-shape:40/16" in last_of(list(run(engine, screen, wide)), screen.grid)
+
+
 def test_previews_come_before_images(finished: list[dict], screen: Screen) -> None:
     grids = [update[screen.grid] for update in finished if screen.grid in update]
     assert "data:image/jpeg" in grids[0] and "data:image/png" not in grids[0] and len(grids) >= 2
@@ -212,7 +224,8 @@ def test_two_visitors_at_once_get_what_each_gets_alone(engine: Engine, screen: S
 @pytest.mark.parametrize("config", [
     SampleConfig(),
     SampleConfig(methods=("aig:cosine", "aig:power:3@nemo", "lora:0.25", "lora:1.5"), seeds=(3, 9, 10), rewards=("clip",)),
-    SampleConfig(methods=("blend:0.3", "anneal-lora:step:0.4"), guidance_scale=1.0, negative_prompt="blue", scheduler="euler"),
+    SampleConfig(methods=("blend:0.3", "anneal-lora:step:0.4"), guidance_scale=1.0, negative_prompt="blue", scheduler="euler",
+                 height=72, width=40, guidance_rescale=0.7),
 ])
 def test_settings_survive_the_form(config: SampleConfig) -> None:
     again = Form(*Form.of(config).values()).config()
