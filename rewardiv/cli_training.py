@@ -11,18 +11,19 @@ import textwrap
 import time
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
-from dataclasses import MISSING, Field, asdict, fields
+from dataclasses import MISSING, Field, asdict, fields, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewardiv import jobs
-from rewardiv.config import ALGORITHMS, LORA_TARGETS, SCHEDULERS, TRACKERS, TrainConfig
+from rewardiv.config import ALGORITHMS, LORA_TARGETS, TRACKERS, TRAIN_SCHEDULERS, TrainConfig
 from rewardiv.devices import check_device_name, pick_device
 from rewardiv.errors import UserError
+from rewardiv.registry import ROOT, known
 from rewardiv.runs import Orders
 from rewardiv.supervisor import follow, silent, supervise
 from rewardiv.train_presets import TRAIN_PRESETS, preset_config
@@ -58,7 +59,7 @@ TRAIN_OPTIONS = {
         "refl_window": "refl: the last share of the steps, from which one is drawn",
         "num_inference_steps": "denoising steps of an image",
         "guidance_scale": "classifier-free guidance, 1 is off",
-        "scheduler": ", ".join(SCHEDULERS),
+        "scheduler": ", ".join(TRAIN_SCHEDULERS),
         "train_batch_size": "images of one pass",
         "grad_batch_size": "of them, images whose gradient is taken at once: less memory, hardly more time",
         "gradient_accumulation_steps": "passes a step",
@@ -128,7 +129,22 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     given = {field.name: getattr(args, field.name) for field in fields(TrainConfig) if hasattr(args, field.name)}
     device = check_device_name(given.get("device", "auto"))
     given["device"] = pick_device(device) if device == "auto" else device
-    return preset_config(args.preset, **given) if args.preset else TrainConfig(**given)
+    config = preset_config(args.preset, **given) if args.preset else TrainConfig(**given)
+    return config if Path.cwd() == ROOT else _anchored(config)
+
+
+def _anchored(config: TrainConfig) -> TrainConfig:
+    """The same with whole paths for what lies in this folder: a restart begins in the project's. Names stay as they are."""
+    def place(text: str, names: Collection[str] = ()) -> str:
+        return str(Path(text).absolute()) if text and text not in names and Path(text).exists() else text
+
+    models, rewards = known().models, known().rewards
+    weighted = [text.partition("=") for text in config.rewards]
+    return replace(
+        config, model=place(config.model, models), prompts_file=place(config.prompts_file),
+        rewards=tuple(place(name, rewards) + equals + weight for name, equals, weight in weighted),
+        probe_rewards=tuple(place(name, rewards) for name in config.probe_rewards),
+    )
 
 
 def run_train(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -122,12 +122,7 @@ class Batch:
         steps = sample(self.witness or self.predict, tail.latents, FINETUNED, tail.scheduler, start=tail.start,
                        grad_steps=num_steps)
         *_, state = islice(steps, 1 if tail.at_once else num_steps)
-        return self.decode(state.denoised[0] if tail.at_once else state.latents[0])
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1]."""
-        with autocast(self.config, self.model.device):
-            return self.model.decode_latents(latents)
+        return decoded(self.model, state.denoised[0] if tail.at_once else state.latents[0], self.config)
 
 
 def new_trainee(model: Model, config: TrainConfig) -> Trainee:
@@ -138,7 +133,7 @@ def new_trainee(model: Model, config: TrainConfig) -> Trainee:
     Raises:
         UserError: If a target of the adapter matches no layer.
     """
-    for network in (model.unet, model.vae, model.text_encoder):
+    for network in (model.unet, model.vae, *(tower.encoder for tower in model.towers)):
         network.requires_grad_(False).eval()
     half = config.mixed_precision in HALF_TYPES
     if half:
@@ -340,6 +335,13 @@ def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     """The run's mixed precision, for one call of a network: the sampler's and the rewards' arithmetic stays in fp32."""
     half = HALF_TYPES.get(config.mixed_precision)
     return torch.autocast(device.type, dtype=half or torch.bfloat16, enabled=half is not None)
+
+
+def decoded(model: Model, latents: Tensor, config: TrainConfig) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1], in the run's precision; XL's autoencoder overflows in fp16 and computes in fp32 there."""
+    in_full = model.family == "sdxl" and config.mixed_precision == "fp16"
+    with nullcontext() if in_full else autocast(config, model.device):
+        return model.decode_latents(latents)
 
 
 def _batch(model: Model, prompts: list[str], seeds: list[int], config: TrainConfig, generator: torch.Generator) -> Batch:

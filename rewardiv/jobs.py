@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from rewardiv import hub
 from rewardiv.config import TrainConfig
 from rewardiv.errors import UserError
 from rewardiv.records import CONFIG_NAME, JOB_NAMES
@@ -237,9 +238,9 @@ def check_settings(config: TrainConfig) -> None:
     Raises:
         UserError: If the model, a reward or the prompts file isn't there.
     """
-    find_model(config.model)
-    for name in (*config.reward_weights, *config.probe_rewards):
-        find_reward(name)
+    for entry in (find_model(config.model), *map(find_reward, (*config.reward_weights, *config.probe_rewards))):
+        if entry.sources:
+            hub.local_paths(entry)
     if config.prompts_file and not (ROOT / config.prompts_file).is_file() and not Path(config.prompts_file).is_file():
         raise UserError(f"no prompts file {config.prompts_file}")
 

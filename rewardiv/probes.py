@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rewardiv.config import TrainConfig
-from rewardiv.draft import ADAPTER, HALF_TYPES, autocast
+from rewardiv.draft import ADAPTER, HALF_TYPES, autocast, decoded
 from rewardiv.errors import UserError
 from rewardiv.features import load_features
 from rewardiv.methods import Method
 from rewardiv.metrics import within_report
 from rewardiv.models import Model
+from rewardiv.prompts import Conditioning
 from rewardiv.registry import REWARDS, find_reward, is_here
 from rewardiv.rewards import Reward, load_reward
 from rewardiv.sampling import initial_noise, make_scheduler, sample
@@ -124,7 +125,7 @@ class Probe:
         values = {name: torch.cat(parts).view(shape).numpy() for name, parts in rewards.items()}
         return _Look(torch.cat(features).unflatten(0, shape).numpy(), values), torch.cat(grid).unflatten(0, shape).numpy()
 
-    def _draw(self, embeds: Tensor, negative_embeds: Tensor, seeds: Sequence[int], method: Method) -> Tensor:
+    def _draw(self, embeds: Conditioning, negative_embeds: Conditioning, seeds: Sequence[int], method: Method) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] of one prompt embedding a seed, made as the training's are."""
         model, config = self.model, self.config
         scheduler = make_scheduler(model.scheduler_config, config.scheduler, config.num_inference_steps, model.device)
@@ -133,7 +134,7 @@ class Probe:
         noise = initial_noise(seeds, model.latent_shape, device=model.device, dtype=dtype)
         with autocast(config, model.device):
             *_, last = sample(predict, noise, [method], scheduler)
-            return model.decode_latents(last.latents[0])
+        return decoded(model, last.latents[0], config)
 
 
 def new_probe(
@@ -178,7 +179,8 @@ def _deviation(values: NDArray[np.float64]) -> float:
 @contextmanager
 def _at_rest(model: Model) -> Iterator[None]:
     """Evaluation mode without gradients; modes and the global random numbers are as before afterwards."""
-    modules = [module for part in (model.unet, model.vae, model.text_encoder) for module in part.modules()]
+    parts = (model.unet, model.vae, *(tower.encoder for tower in model.towers))
+    modules = [module for part in parts for module in part.modules()]
     modes = [module.training for module in modules]
     devices = [model.device] if model.device.type == "cuda" else []
     try:

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rewardiv import __version__
+from rewardiv import __version__, hub
 from rewardiv.config import TrainConfig
 from rewardiv.errors import UserError, nearest
-from rewardiv.lora import FileLayer, read_layers
+from rewardiv.lora_formats import FileLayer, read_lora
 from rewardiv.plots import RUN_COLOURS, TrainingRun, training_figures
 from rewardiv.records import CONFIG_NAME, GRID_NAME, METRICS_NAME, PROBES_NAME, STEP_DIR, list_checkpoints
-from rewardiv.registry import LORA_FILE, LORAS, MODELS, ROOT, find_lora
+from rewardiv.registry import LORA_FILE, LORAS, ROOT, ModelEntry, find_lora, known
 from rewardiv.runs import new_dir, read_jsonl, write_atomic, write_bytes, write_text
 from rewardiv.verdicts import Choice, Onset, ProbeRecord, best_tradeoff, collapse_onset
 
@@ -40,6 +40,10 @@ CITATION = """```bibtex
 }
 ```
 """
+LICENCE_IDS = {
+    "Apache-2.0": "apache-2.0", "MIT": "mit", "CreativeML OpenRAIL-M": "creativeml-openrail-m",
+    "CreativeML OpenRAIL++-M": "openrail++", "OpenRAIL++-M": "openrail++",
+}
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def export_lora(source: str | Path, output_dir: str | Path, format: str = "diffu
     """Write the LoRA of a finished run or a checkpoint for others to load; gives the folder or file written.
 
     Args:
-        source: A run folder or a checkpoint's; for kohya also any LoRA in diffusers' layout: built-in name, folder or file.
+        source: A run folder or a checkpoint's; for kohya also any other LoRA: a known name, a folder, a file or a hub id.
         output_dir: diffusers: a folder that holds nothing yet, which gets weights, card, figures and probe grids.
             kohya: a folder, which gets one .safetensors file in sd-scripts' naming, for A1111, ComfyUI and the like.
         format: One of FORMATS.
@@ -142,10 +146,14 @@ def kohya_state(layers: Iterable[FileLayer]) -> dict[str, Tensor]:
     """Tensors under sd-scripts' names: lora_unet_<block path with _>.lora_down.weight, .lora_up.weight and .alpha.
 
     The block path is diffusers', which sd-scripts itself uses for Stable Diffusion 1.x and every reader takes for SDXL too.
+    Text encoders are lora_te_, or lora_te1_ and lora_te2_ where there are two.
     """
+    layers = list(layers)
+    first = "te1" if any(layer.part == "text_encoder_2" for layer in layers) else "te"
+    prefixes = {"unet": "unet", "text_encoder": first, "text_encoder_2": "te2"}
     state = {}
     for layer in layers:
-        name = f"lora_unet_{layer.name.replace('.', '_')}"
+        name = f"lora_{prefixes[layer.part]}_{layer.name.replace('.', '_')}"
         state |= {f"{name}.lora_down.weight": layer.down.contiguous(), f"{name}.lora_up.weight": layer.up.contiguous(),
                   f"{name}.alpha": torch.tensor(layer.alpha)}
     return state
@@ -178,7 +186,7 @@ def _export_diffusers(source: Source, output_dir: Path) -> Path:
 def _export_kohya(source: Source | None, given: str | Path, output_dir: Path) -> Path:
     """One file, named after the run (or the LoRA) it comes from."""
     entry = None if source else find_lora(str(given))
-    layers = read_layers(source.folder if source else entry.path)
+    layers = read_lora(source.folder if source else hub.local_path(entry)).layers
     path = Path(entry.path) if entry else None
     name = source.name if source else path.parent.name if path.name == LORA_FILE else path.stem
     file = output_dir / f"{name}.safetensors"
@@ -223,16 +231,26 @@ def model_card(source: Source, curves: Sequence[str], prefix: str = "") -> str:
         _probe_table(source.probes, onset, best), _grids(source, prefix), _usage(source), _settings(source),
         _licence(source.config), "## Citation\n\n" + CITATION,
     ]
-    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+    return without_places("\n\n".join(part.strip() for part in parts if part.strip()) + "\n", source.config)
+
+
+def without_places(text: str, config: TrainConfig) -> str:
+    """A text (or JSON) about a run, in which of rewards that are folders of this machine only the path's last part is left."""
+    places = [name for name in (*config.reward_weights, *config.probe_rewards) if Path(name).is_absolute()]
+    for place in sorted(places, key=len, reverse=True):
+        for written in (json.dumps(place)[1:-1], place):
+            text = text.replace(written, Path(place).name)
+    return text
 
 
 def _front_matter(config: TrainConfig) -> str:
     """The card's header; JSON strings are YAML strings. The licence is said only where it is known."""
-    entry = MODELS.get(config.model)
+    entry = known().models.get(config.model)
+    base = entry.path if entry and entry.sources else _model_name(config)
     lines = [
-        f"base_model: {json.dumps(_model_name(config))}", "library_name: diffusers", "pipeline_tag: text-to-image",
+        f"base_model: {json.dumps(base)}", "library_name: diffusers", "pipeline_tag: text-to-image",
         "tags:", *(f"- {tag}" for tag in ("text-to-image", "diffusers", "lora", "rewardiv", "draft")),
-        *([f"license: {entry.licence.lower()}"] if entry else []),
+        *([f"license: {_licence_id(entry)}"] if entry else []),
     ]
     return "\n".join(["---", *lines, "---"])
 
@@ -258,8 +276,10 @@ def _findings(source: Source, onset: Onset | None, best: Choice | None) -> str:
     lines = ["## Result\n"]
     if source.steps:
         first, last = source.steps[0], source.steps[-1]
-        lines.append(f"- Mean reward of the images it trained on: {_number(first['reward_mean'])} at step {first['step']}, "
-                     f"{_number(last['reward_mean'])} at step {last['step']}.")
+        lines += [
+            f"- Mean {name} of the images it trained on: {_number(value)} at step {first['step']}, "
+            f"{_number(last['rewards'][name])} at step {last['step']}." for name, value in first["rewards"].items()
+        ]
     if source.probes:
         last_probe = source.probes[-1]
         lines += [
@@ -303,9 +323,10 @@ def _grids(source: Source, prefix: str) -> str:
 def _usage(source: Source) -> str:
     """How to load it, as code that runs where the card lies."""
     config = source.config
-    entry = MODELS.get(config.model)
-    base = Path(entry.path).relative_to(ROOT).as_posix() if entry else config.model
-    note = "  # in rewardiv's folder" if entry else ""
+    entry = known().models.get(config.model)
+    built_in = entry is not None and Path(entry.path).is_relative_to(ROOT)
+    base = Path(entry.path).relative_to(ROOT).as_posix() if built_in else entry.path if entry else config.model
+    note = "  # in rewardiv's folder" if built_in else ""
     prompt, guidance = json.dumps(source.prompts[0], ensure_ascii=False), f"{config.guidance_scale:g}"
     return f"""## Use
 
@@ -356,8 +377,13 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines]
 
 
+def _licence_id(entry: ModelEntry) -> str:
+    """A licence as the hub's model cards write it."""
+    return LICENCE_IDS.get(entry.licence, "other")
+
+
 def _licence(config: TrainConfig) -> str:
-    entry = MODELS.get(config.model)
+    entry = known().models.get(config.model)
     base = f" ({entry.licence})" if entry else ""
     return (f"## Licence\n\nThese weights change {_model_name(config)} and are of no use without it: they are under the base "
             f"model's licence{base}. Pictures fall under what it says of them.")

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from rewardiv.config import TrainConfig
 from rewardiv.errors import UserError
 from rewardiv.jobs import read_job, write_state
-from rewardiv.publish import Source, read_source
+from rewardiv.publish import Source, read_source, without_places
 from rewardiv.records import (
     CONFIG_NAME,
     EVENTS_NAME,
@@ -27,7 +27,7 @@ from rewardiv.records import (
     probe_dir,
 )
 from rewardiv.registry import LORA_FILE
-from rewardiv.runs import new_dir, write_atomic, write_bytes, write_json
+from rewardiv.runs import new_dir, write_atomic, write_bytes, write_json, write_text
 from rewardiv.verdicts import best_tradeoff
 
 NUM_COLOURS = 256  # of a probe grid's palette
@@ -37,8 +37,8 @@ def export_run(run_dir: str | Path, output_dir: str | Path) -> Path:
     """Copy what the Training tab shows of a finished run; `REWARDIV_DEMO=1` shows such folders in assets/runs.
 
     Of the checkpoints only the last and the one of the best trade-off come along, as LoRAs in fp16 that can be sampled but
-    not trained on; probe grids get a palette of NUM_COLOURS colours. Process, machine and log stay behind, and of a prompts
-    file's or a local model's path only the last part is kept.
+    not trained on; probe grids get a palette of NUM_COLOURS colours. Process, machine and log stay behind, and of the path
+    of a prompts file, a local model or reward only the last part is kept.
 
     Args:
         run_dir: The run's folder.
@@ -57,7 +57,7 @@ def export_run(run_dir: str | Path, output_dir: str | Path) -> Path:
     write_json(target / CONFIG_NAME, {"settings": settings, "prompts": run.prompts})
     for name in (METRICS_NAME, PROBES_NAME, EVENTS_NAME):
         if (source / name).exists():
-            write_bytes(target / name, (source / name).read_bytes())
+            write_text(target / name, without_places((source / name).read_text(), run.config))
     for step, folder in list_steps(source / "probes").items():
         with Image.open(folder / GRID_NAME) as grid:
             small = grid.convert("RGB").quantize(NUM_COLOURS)
@@ -72,9 +72,10 @@ def export_run(run_dir: str | Path, output_dir: str | Path) -> Path:
 def _portable(config: TrainConfig, name: str) -> dict[str, Any]:
     """Settings without places of this machine."""
     model = Path(config.model).name if Path(config.model).is_absolute() else config.model
-    rewards = tuple(Path(reward).name if Path(reward).is_absolute() else reward for reward in config.rewards)
+    rewards, held_out = (tuple(without_places(reward, config) for reward in names)
+                         for names in (config.rewards, config.probe_rewards))
     return replace(config, output_dir=name, prompts_file=Path(config.prompts_file).name, model=model, rewards=rewards,
-                   resume_from_checkpoint="").to_dict()
+                   probe_rewards=held_out, resume_from_checkpoint="").to_dict()
 
 
 def _shown_steps(run: Source) -> list[int]:

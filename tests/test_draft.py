@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from rewardiv import lora
-from rewardiv.config import TrainConfig
+from rewardiv.config import TRAIN_SCHEDULERS, TrainConfig
 from rewardiv.draft import (
     ADAPTER,
     Part,
@@ -32,7 +32,7 @@ from rewardiv.methods import parse_method
 from rewardiv.mixing import RewardMix
 from rewardiv.models import load_model
 from rewardiv.regularisers import lora_norm
-from rewardiv.sampling import SCHEDULERS, initial_noise, make_scheduler, sample
+from rewardiv.sampling import initial_noise, make_scheduler, sample
 
 PROMPTS = ["a cat face", "a red cat", "face"]
 SEEDS = [3, 14, 15]
@@ -219,7 +219,7 @@ def test_refl_draws_its_step_from_the_window(config: TrainConfig, num_steps: int
     assert {late_step(config, generator) for _ in range(400)} == set(expected)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", TRAIN_SCHEDULERS)
 def test_noised_latents_have_the_last_step_s_mean_and_deviation(config: TrainConfig, name: str) -> None:
     scheduler = make_scheduler(load_model(config.model).scheduler_config, name, 5)
     seeds = [seed for k in range(40) for seed in noising_seeds(SEEDS, k)]
@@ -265,7 +265,7 @@ def test_both_kls_equal_those_of_two_separate_networks(
     pipes[1].fuse_lora()
     plain = Definition(trainee, config)
     states, shares = plain.trajectory(), plain.scheduler.alphas_cumprod.double()
-    embeds = torch.cat([trainee.model.encode_prompts([""] * 3), trainee.model.encode_prompts(PROMPTS)])
+    embeds = trainee.model.encode_prompts([""] * 3 + PROMPTS).embeds
     gaps, path = [], 0.0
     for i, t in enumerate(plain.timesteps):
         now = float(shares[t])
@@ -397,7 +397,7 @@ def test_memory_is_flat_in_the_number_of_steps_and_noisings(config: TrainConfig,
         assert peak_of(trainee, replace(config, grad_steps=2)) > 1.3 * few
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", TRAIN_SCHEDULERS)
 @pytest.mark.parametrize("algorithm", ["draft-k", "draft-lv", "refl"])
 def test_taking_gradients_of_a_few_images_at_once_changes_nothing(config: TrainConfig, algorithm: str, scheduler: str) -> None:
     """Lots of 2 and 1 equal all 3 images, also for a solver that remembers the steps before; but for rounding."""
@@ -577,7 +577,7 @@ def test_plain_diffusers_loads_the_result(config: TrainConfig, tmp_path: Path) -
     trainee = trainee_of(config)
     lora.save_adapter(trainee.model.unet, ADAPTER, tmp_path / "saved")
     pipe = StableDiffusionPipeline.from_pretrained(config.model, safety_checker=None)
-    latents, embeds = torch.randn(2, 4, 8, 8), trainee.model.encode_prompts(PROMPTS[:2])
+    latents, embeds = torch.randn(2, 4, 8, 8), trainee.model.encode_prompts(PROMPTS[:2]).embeds
     with torch.no_grad():
         base = pipe.unet(latents, 500, embeds).sample
         pipe.load_lora_weights(str(tmp_path / "saved"))

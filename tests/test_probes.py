@@ -155,6 +155,17 @@ def test_bf16_draws_nearly_the_same_pictures(config: TrainConfig) -> None:
     assert 0 < np.abs(full - half).mean() < 6
 
 
+@pytest.mark.parametrize(("model_dir", "expected"), [("tiny_model_dir", torch.float16), ("tiny_xl_dir", torch.float32)])
+def test_xl_s_autoencoder_draws_in_fp32_where_the_run_is_in_fp16(
+    config: TrainConfig, model_dir: str, expected: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    config = replace(config, model=str(request.getfixturevalue(model_dir)), device="cuda", mixed_precision="fp16")
+    model, seen = adapted(config), set()
+    model.vae.decoder.conv_out.register_forward_hook(lambda _module, _inputs, output: seen.add(output.dtype))
+    probe_of(model, config).measure(0)
+    assert seen == {expected}
+
+
 def test_prompts_are_taken_evenly_and_each_once() -> None:
     assert probe_prompts(list("abcdefgh"), 4) == ["a", "c", "e", "g"]
     assert probe_prompts(["a", "b", "a"], 4) == ["a", "b"]

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import re
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,9 +24,9 @@ from rewardiv.cli_export import FORMATS as FORMATS_SAID
 from rewardiv.cli_export import add_export_arguments, run_export
 from rewardiv.config import TrainConfig
 from rewardiv.errors import UserError
-from rewardiv.lora import FileLayer
+from rewardiv.lora_formats import FileLayer, read_lora
 from rewardiv.models import load_model
-from rewardiv.publish import FORMATS, export_lora, kohya_metadata, read_source, write_card
+from rewardiv.publish import FORMATS, export_lora, kohya_metadata, model_card, read_source, write_card
 from rewardiv.records import StepRecord
 from rewardiv.verdicts import ProbeRecord
 
@@ -109,6 +110,25 @@ def test_a_card_says_what_the_run_was(run_dir: Path, tiny_model_dir: Path) -> No
     assert "| 8 | 18 | 0.25 | 9 (0.1–2) | 50% | 3 of 4 | 22 | best trade-off |" in text
 
 
+def test_the_card_of_a_model_on_the_hub_names_its_id_and_licence(run_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run_dir, tmp_path / "run")
+    saved = json.loads((folder / "config.json").read_text())
+    saved["settings"]["model"] = "sd15"
+    (folder / "config.json").write_text(json.dumps(saved))
+    card = ModelCard.load(write_card(folder))
+    assert (card.data.base_model, card.data.license) == ("stable-diffusion-v1-5/stable-diffusion-v1-5", "creativeml-openrail-m")
+    assert 'base = "stable-diffusion-v1-5/stable-diffusion-v1-5"\n' in card.text
+
+
+def test_the_card_of_a_mixture_tells_each_reward_on_its_own_scale(run_dir: Path) -> None:
+    """The mixture itself is standardised by running statistics, so that its level says nothing."""
+    source = read_source(run_dir)
+    steps = [record | {"reward_mean": 0.125, "rewards": {"jpeg": -record["step"], "vivid": 5.5}} for record in source.steps]
+    card = model_card(replace(source, steps=steps), [])
+    assert "Mean jpeg of the images it trained on: -1 at step 1, -8 at step 8." in card and "0.125" not in card
+    assert "Mean vivid of the images it trained on: 5.5 at step 1, 5.5 at step 8." in card
+
+
 def test_every_picture_that_a_card_shows_is_there(run_dir: Path, tmp_path: Path) -> None:
     folders = [write_card(run_dir).parent, write_card(run_dir / "checkpoints" / "step-4").parent]
     folders.append(export_lora(run_dir, tmp_path / "out"))
@@ -187,15 +207,15 @@ def test_kohya_header_knows_the_base_by_its_text_width_and_layers_that_differ() 
 
 def test_a_layers_alpha_follows_the_files_own_settings(tmp_path: Path) -> None:
     """Without settings alpha is the rank; patterns by layer win; rank-stabilised LoRA scales by alpha / sqrt(rank)."""
-    state = {f"unet.{name}.lora_{side}.weight": torch.ones(4, 4) for name in ("a.to_q", "b.to_k") for side in "AB"}
+    state = {f"unet.{name}.lora_{side}.weight": torch.ones(4, 4) for name in ("conv_in.q", "conv_out.k") for side in "AB"}
 
     def alphas(**settings: object) -> list[float]:
         header = {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in settings.items()})}
         save_file(state, tmp_path / WEIGHTS, header if settings else None)
-        return [layer.alpha for layer in lora.read_layers(tmp_path)]
+        return [layer.alpha for layer in read_lora(tmp_path).layers]
 
     assert alphas() == [4.0, 4.0]
-    assert alphas(lora_alpha=2, alpha_pattern={"to_k": 1}) == [2.0, 1.0]
+    assert alphas(lora_alpha=2, alpha_pattern={"k": 1}) == [2.0, 1.0]
     assert alphas(lora_alpha=2, use_rslora=True) == [2 * math.sqrt(4)] * 2
 
 

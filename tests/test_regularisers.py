@@ -12,9 +12,10 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from rewardiv.config import TRAIN_SCHEDULERS
 from rewardiv.lora import adapter_parameters, attach_adapter
 from rewardiv.regularisers import KlWitness, eps_factor, lora_norm, path_kl, path_weight, signal_shares
-from rewardiv.sampling import SCHEDULERS, Scheduler, make_scheduler
+from rewardiv.sampling import Scheduler, make_scheduler
 
 CONFIG = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
           "timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
@@ -79,7 +80,7 @@ def test_every_form_of_output_is_measured_in_eps(prediction: str) -> None:
             eps_factor(scheduler, t) * path_weight(ddim("epsilon", 5), i), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", TRAIN_SCHEDULERS)
 def test_every_scheduler_s_noise_levels_are_the_model_s(name: str) -> None:
     scheduler = make_scheduler(CONFIG | {"prediction_type": "epsilon"}, name, 5)
     *shares, last = signal_shares(scheduler)
@@ -95,7 +96,7 @@ def test_stable_diffusion_s_last_step_ends_at_its_own_level() -> None:
     assert 0 < path_weight(scheduler, 4) < 1
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", TRAIN_SCHEDULERS)
 def test_the_mean_over_all_choices_of_steps_is_the_full_path(name: str) -> None:
     scheduler = make_scheduler(CONFIG | {"prediction_type": "v_prediction"}, name, 4)
     predict = toy(torch.tensor(0.3))
@@ -108,7 +109,7 @@ def test_the_mean_over_all_choices_of_steps_is_the_full_path(name: str) -> None:
     assert full > 1e-4
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", TRAIN_SCHEDULERS)
 def test_the_path_by_its_definition(name: str) -> None:
     """Each step's network input is the scheduler's own, the other steps don't matter, latents get no gradient."""
     scheduler = make_scheduler(CONFIG | {"prediction_type": "epsilon"}, name, 3)

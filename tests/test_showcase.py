@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,14 @@ from rewardiv.cli import main
 from rewardiv.config import TrainConfig
 from rewardiv.errors import UserError
 from rewardiv.jobs import list_jobs
+from rewardiv.publish import write_card
 from rewardiv.records import list_checkpoints, list_steps
 from rewardiv.registry import LORA_FILE
 from rewardiv.runs import read_jsonl
 from rewardiv.showcase import export_run
 from rewardiv.trainer import train
+
+RECORDS = ("config.json", "metrics.jsonl", "probes.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +65,23 @@ def test_nothing_of_the_machine_comes_along(run_dir: Path, tmp_path: Path) -> No
     settings = json.loads((shown / "config.json").read_text())["settings"]
     assert settings["prompts_file"] == "prompts.txt" and settings["model"] == Path(settings["model"]).name
     assert not any(shown.rglob("state.pt")) and not (shown / "log.txt").exists()
+
+
+@pytest.mark.parametrize("place", ["/home/someone/rewards/warm", "/home/someoné/rewards/warm"])
+def test_of_a_local_reward_its_own_name_is_left_in_settings_records_and_card(run_dir: Path, tmp_path: Path, place: str) -> None:
+    source = shutil.copytree(run_dir, tmp_path / "source")
+    for path, name in [(source / file, name) for file in RECORDS for name in ("colorfulness", "clip")]:
+        path.write_text(path.read_text().replace(f'"{name}"', json.dumps(f"{place}-{name}")))
+    settings = json.loads((source / "config.json").read_text())
+    settings["settings"]["probe_rewards"] = [f"{place}-clip"]
+    (source / "config.json").write_text(json.dumps(settings))
+    shown = export_run(source, tmp_path / "shown")
+    texts = [path.read_text() for path in shown.rglob("*.json*")] + [write_card(source).read_text()]
+    assert not any("someon" in text for text in texts) and "warm-clip (held out)" in texts[-1]
+    settings = json.loads((shown / "config.json").read_text())["settings"]
+    assert settings["rewards"] == ["warm-colorfulness"] and settings["probe_rewards"] == ["warm-clip"]
+    for name in ("metrics.jsonl", "probes.jsonl"):
+        assert all(record["rewards"].keys() == {"warm-colorfulness"} for record in read_jsonl(shown / name))
 
 
 def test_what_is_not_whole_is_refused(run_dir: Path, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from dataclasses import fields
 
 import gradio as gr
 
-from rewardiv.config import ALGORITHMS, LORA_TARGETS, PRECISIONS, SCHEDULERS, TRACKERS, TrainConfig
-from rewardiv.registry import MODELS, REWARDS
+from rewardiv.config import ALGORITHMS, LORA_TARGETS, PRECISIONS, TRACKERS, TRAIN_SCHEDULERS, TrainConfig
+from rewardiv.registry import known
 from rewardiv.train_presets import TRAIN_PRESETS
 from rewardiv.ui.train_form import LABELS, OPTIONAL, REGULARISERS, Values
 
@@ -38,16 +38,15 @@ FOLDED = {
     ),
 }
 CHOICES: Mapping[str, list[tuple[str, str]]] = {
-    "model": [(name, name) for name in MODELS],
     "algorithm": [(ALGORITHM_NAMES.get(name, name), name) for name in ALGORITHMS],
     "regulariser": [(REGULARISER_NAMES[name], name) for name in REGULARISERS],
-    "scheduler": [(name, name) for name in SCHEDULERS],
+    "scheduler": [(name, name) for name in TRAIN_SCHEDULERS],
     "lora_targets": [(name, name) for name in LORA_TARGETS],
     "mixed_precision": [(name, name) for name in PRECISIONS],
     "report_to": [("nothing else", ""), *((name, name) for name in TRACKERS)],
     "device": [(name, name) for name in ("cpu", "cuda")],
 }
-OPEN_CHOICES = ("model", "lora_targets", "device")  # take names that aren't listed, too
+OPEN_CHOICES = ("lora_targets", "device")  # take names that aren't listed, too
 LISTS = ("rewards", "probe_rewards")
 TEXTS = (*OPTIONAL, "name", "weights", "more_regularisers", "prompts_file", "resume_from_checkpoint")
 WHOLE = {field.name for field in fields(TrainConfig) if "int" in str(field.type)}
@@ -97,10 +96,12 @@ def _field(name: str, values: Values, **more: object) -> gr.components.Component
     label = LABELS[name]
     settings = {"value": values[name], "label": label.text, "info": label.hint or None, "min_width": 120, **more}
     settings["elem_id"] = f"rd-t-{name}"
+    if name == "model":
+        return gr.Dropdown(list(known().models), allow_custom_value=True, **settings)
     if name in CHOICES:
         return gr.Dropdown(CHOICES[name], allow_custom_value=name in OPEN_CHOICES, **settings)
     if name in LISTS:
-        return gr.Dropdown(list(REWARDS), multiselect=True, allow_custom_value=True, **settings)
+        return gr.Dropdown(list(known().rewards), multiselect=True, allow_custom_value=True, **settings)
     if name in TEXTS:
         return gr.Textbox(lines=1, max_lines=1, **settings)
     if isinstance(values[name], bool):

@@ -24,16 +24,23 @@ The run goes on when you close this page, and everything about it can be seen he
 EMPTY_DEMO = """<section class="rd-runs rd-nothing"><h2>No prepared runs here</h2><p>Training is switched off on this host.
 Choose settings and run the command at home: the same page then shows your run.</p></section>"""
 SCRIPT = """
+const SETTLE_MS = 5000;  // a look that began before a tick doesn't know it, and may end after it
+const ticked = new Map();
 element.addEventListener("click", (event) => {
   const row = event.target.closest("[data-run]");
   if (row && !event.target.closest("input, label")) trigger("open", { run: row.dataset.run });
 });
 element.addEventListener("change", (event) => {
   const box = event.target.closest("[data-overlay]");
-  if (box) trigger("overlay", { run: box.dataset.overlay, on: box.checked });
+  if (!box) return;
+  ticked.set(box.dataset.overlay, { on: box.checked, until: Date.now() + SETTLE_MS });
+  trigger("overlay", { run: box.dataset.overlay, on: box.checked });
 });
 watch("value", () => {
-  for (const box of element.querySelectorAll("[data-overlay]")) box.checked = box.hasAttribute("checked");
+  for (const box of element.querySelectorAll("[data-overlay]")) {
+    const asked = ticked.get(box.dataset.overlay);
+    box.checked = asked && Date.now() < asked.until ? asked.on : box.hasAttribute("checked");
+  }
 });
 """
 
@@ -118,7 +125,7 @@ def _row_html(run: RunData, opened: bool, ticked: bool) -> str:
     job = run.job
     folder, name = html.escape(job.folder.name), html.escape(job.name)
     trouble = f"<small>{html.escape(job.message)}</small>" if job.state in BAD and job.message else ""
-    reward = run.steps[-1].get("reward_mean") if run.steps else None
+    last = ", ".join(map(number, run.steps[-1]["rewards"].values())) if run.steps else number(None)
     variety = run.probes[-1].get("trace_ratio") if run.probes else None
     rewards = ", ".join(map(str, job.settings.get("rewards", ())))
     cells = (
@@ -127,7 +134,7 @@ def _row_html(run: RunData, opened: bool, ticked: bool) -> str:
         ("reward", html.escape(rewards or "–")),
         ("regulariser", html.escape(regulariser_text(job.settings))),
         ("step", f"{job.step} / {job.num_steps}" if job.num_steps else "–"),
-        ("last", number(reward)),
+        ("last", last),
         ("variety", number(variety)),
         ("age", age_text(time.time() - job.created) if job.created else "–"),
     )

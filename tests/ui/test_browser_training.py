@@ -14,6 +14,7 @@ from playwright.sync_api import Browser, Page, expect
 from rewardiv.generate import Engine
 from rewardiv.jobs import list_jobs, order, read_job
 from rewardiv.ui import create_demo, launch_options
+from rewardiv.ui.train_list import SCRIPT
 
 FORM = {  # of a run that takes a few seconds
     "max_train_steps": "200", "probe_every": "100", "learning_rate": "0.0001", "train_batch_size": "2",
@@ -191,6 +192,25 @@ def test_runs_are_overlaid_renamed_and_deleted_after_a_question(
     page.click("#rd-delete-confirm")
     page.wait_for_selector('.rd-opened[data-run="first"]')
     assert not (runs_dir / "other").exists()
+
+
+def test_a_tick_outlives_a_look_that_began_before_it(browser: Browser) -> None:
+    page = browser.new_page()
+    page.clock.install()
+    page.set_content('<div><input type="checkbox" data-overlay="other"></div>')
+    page.evaluate("""script => {
+      const looks = [];
+      const on = (_, look) => looks.push(look);
+      new Function("element", "trigger", "watch", script)(document.querySelector("div"), () => {}, on);
+      window.look = () => looks.forEach((look) => look());
+    }""", SCRIPT)
+    page.check("[data-overlay]")
+    page.evaluate("look()")  # the list as it was before
+    assert page.is_checked("[data-overlay]")
+    page.clock.fast_forward(6000)
+    page.evaluate("look()")  # the list still says so: another page has taken it away
+    assert not page.is_checked("[data-overlay]")
+    page.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -126,6 +126,13 @@ def test_the_list_shows_each_run_with_its_numbers(write_run: RunWriter) -> None:
     page = list_html(runs, "two", {"one"}, demo=False)
     assert page.count("data-run=") == 2 and page.count("checked") == 1 and page.count("aria-current") == 1
     assert "kl 2" in page and "20 / 20" in page and ">12<" in page and ">0.5<" in page and "stopped" in page
+
+
+def test_the_list_shows_the_rewards_of_a_mixture_on_their_own_scales(write_run: RunWriter) -> None:
+    run = opened(write_run("one", rewards=("jpeg", "vivid")))
+    last = run.steps[-1] | {"reward_mean": 0.125, "rewards": {"jpeg": -2.5, "vivid": 8.25}}
+    page = list_html([replace(run, steps=(last,))], "one", set(), demo=False)
+    assert "-2.5, 8.25" in page and "0.125" not in page
 
 
 def test_what_people_and_files_say_is_text_and_never_markup(write_run: RunWriter) -> None:
