@@ -35,7 +35,8 @@ def config_of(task: dict) -> TrainConfig:
     """The task as settings of a run; the LoRA and the optimiser are those that TRL's trainer has built in or by default."""
     return TrainConfig(
         output_dir="unused", model=task["model"], rewards=("colorfulness",), probe_every=0, max_train_steps=task["num_steps"],
-        train_batch_size=task["train_batch_size"], num_inference_steps=task["num_inference_steps"],
+        train_batch_size=task["train_batch_size"], grad_batch_size=task["grad_batch_size"],
+        num_inference_steps=task["num_inference_steps"],
         grad_steps=task["grad_steps"], guidance_scale=task["guidance_scale"], rank=4, lora_targets="attention",
         learning_rate=task["learning_rate"], adam_weight_decay=1e-4, mixed_precision=task["mixed_precision"],
         gradient_checkpointing=task["gradient_checkpointing"], device=task["device"],

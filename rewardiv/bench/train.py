@@ -9,31 +9,33 @@ TRL fixes), optimiser and precision. Saving and logging aren't in the step times
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rewardiv.bench.process import run_module
 from rewardiv.errors import UserError
-from rewardiv.registry import ROOT, find_model
 
 OURS, TRL = "rewardiv", "trl"
 MODULES = {OURS: "rewardiv.bench.cell", TRL: "rewardiv.bench.trl_cell"}
-SHAPES_MODULE = "rewardiv.bench.shapes"
+OUT_OF_MEMORY = "out of memory"  # in torch's own message
 WARM_UP_STEPS = 1  # the first step also allocates
 PROMPTS = ("a cat face", "a red rose", "a rocket", "a slice of pizza", "an owl", "a sunflower", "a house", "a bicycle")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a cell does: `num_steps` optimiser steps of `train_batch_size` images, gradients through `grad_steps` steps."""
+    """What a cell does: `num_steps` optimiser steps of `train_batch_size` images, gradients through `grad_steps` steps.
+
+    `grad_batch_size` is ours alone: images whose gradient is taken at once.
+    """
 
     model: str
     num_steps: int = 6
     train_batch_size: int = 8
+    grad_batch_size: int = 4
     num_inference_steps: int = 10
     grad_steps: int = 1
     guidance_scale: float = 3.0
@@ -104,27 +106,37 @@ def bench_train(
     ]
 
 
+def largest_batch(task: Task) -> list[Cell]:
+    """Our side at 1, 2, 4, … images whose gradients are taken all at once, up to the most that the device has memory for.
+
+    Raises:
+        UserError: If not even one fits, or a process fails for another reason.
+    """
+    cells: list[Cell] = []
+    while True:
+        size = 2 ** len(cells)
+        sized = Task(**vars(task) | {"train_batch_size": size, "grad_batch_size": size, "num_steps": WARM_UP_STEPS + 1})
+        try:
+            cells.append(run_cell(OURS, sys.executable, sized))
+        except UserError as error:
+            if not cells or OUT_OF_MEMORY not in str(error):
+                raise
+            return cells
+
+
 def run_cell(trainer: str, python: str, task: Task) -> Cell:
     """One process from start to end.
 
     Raises:
         UserError: If it fails.
     """
-    words = _run(python, MODULES[trainer], json.dumps(asdict(task)))
+    words = run_module(python, MODULES[trainer], json.dumps(asdict(task)))
     report = json.loads(words.splitlines()[-1])
     return Cell(
         trainer=trainer, task=task, step_s=tuple(report["step_s"][WARM_UP_STEPS:]),
         step_cpu_s=tuple(report["step_cpu_s"][WARM_UP_STEPS:]), loaded_mib=report["loaded_mib"], peak_mib=report["peak_mib"],
         first_reward=report["first_reward"], versions=report["versions"],
     )
-
-
-def local_model(name: str, shape: str, image_size: int, folder: str) -> str:
-    """The pipeline folder of a model's name, or one with random weights of a shape, written into `folder`."""
-    if not shape:
-        return find_model(name).path
-    _run(sys.executable, SHAPES_MODULE, shape, str(image_size), folder)
-    return folder
 
 
 def rows(cells: Sequence[Cell]) -> list[Row]:
@@ -159,8 +171,9 @@ def table(cells: Sequence[Cell]) -> str:
     task, found = cells[0].task, rows(cells)
     titles = ("steps/s", "s/step", "CPU s/step", "peak MiB", "loaded MiB", "growth MiB")
     lines = [
-        f"batch {task.train_batch_size}, K = {task.grad_steps}, guidance {task.guidance_scale:g}, precision "
-        f"{task.mixed_precision}, {task.device}, {task.num_threads or 'all'} threads, {Path(task.model).name}",
+        f"batch {task.train_batch_size} (gradients of {task.grad_batch_size} at once), K = {task.grad_steps}, guidance "
+        f"{task.guidance_scale:g}, precision {task.mixed_precision}, {task.device}, {task.num_threads or 'all'} threads, "
+        f"{Path(task.model).name}",
         f"{'trainer':10} {'denoising steps':>15} {' '.join(f'{title:>10}' for title in titles)}",
     ]
     for row in found:
@@ -183,16 +196,3 @@ def to_dict(cells: Sequence[Cell]) -> dict[str, object]:
         "rows": [asdict(row) | {"growth_mib": row.growth_mib} for row in found],
         "ratios": ratios(found),
     }
-
-
-def _run(python: str, module: str, *words: str) -> str:
-    """What a module prints, run by a Python in the project's folder without network."""
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    try:
-        done = subprocess.run([python, "-m", module, *words], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise UserError(f"cannot run {python}: {error.strerror or error}") from error
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise UserError(f"{module} failed in {python} with exit code {done.returncode}: {last}")
-    return done.stdout
