@@ -1,4 +1,4 @@
-"""Images to features, on which every diversity number is computed."""
+"""Features: what diversity numbers are computed on, from images, by one of several networks."""
 
 from __future__ import annotations
 
@@ -6,26 +6,138 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from rewardiv.clip_models import check_images, load_clip
+from rewardiv import hub
+from rewardiv.clip_models import load_clip
+from rewardiv.errors import UserError, nearest
+from rewardiv.framing import Frame, check_images
+from rewardiv.hub import Source
 from rewardiv.registry import CHECKPOINTS
+from rewardiv.rewards.clip import PREFIX as OPEN_CLIP
+from rewardiv.rewards.clip import clip_source, load_open_clip
+
+CLIP, DINOV2, INCEPTION = "clip", "dinov2:", "inception"
+DINOV2_SIZES = ("small", "base", "large", "giant")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DINOV2_RESIZED, DINOV2_CROP = 256, 224
+INCEPTION_SIDE = 299
+INCEPTION_SOURCE = Source("timm/inception_v3.tv_in1k", files=("model.safetensors",))
+
+Features = Callable[[Tensor], Tensor]
 
 
-def load_features(path: str | Path = CHECKPOINTS / "emoji-clip",
-                  device: str | torch.device = "cpu") -> Callable[[Tensor], Tensor]:
-    """From images [n, 3, H, W] in [0, 1] to a CLIP's image embeddings, float32 [n, d].
+def load_features(name: str | Path = CHECKPOINTS / "emoji-clip", device: str | torch.device = "cpu") -> Features:
+    """From images [n, 3, H, W] in [0, 1] to features, float32 [n, d].
 
-    Not normalised: the spectral distance is defined on the covariance of the embeddings as they are. A row does not
-    depend on the other images.
+    Not normalised: the spectral distance is defined on the covariance of the features as they are. A row does not depend on
+    the other images. Numbers of different networks can't be compared.
+
+    Args:
+        name: "clip", the built-in CLIP's image embeddings, or another such folder; "clip:ARCH:PRETRAINED", those of a model
+            that open_clip knows; "dinov2:small", "base", "large" or "giant", see load_dinov2; "inception", see
+            load_inception.
+        device: Where they are computed.
 
     Raises:
-        UserError: If a file of the model is missing or damaged. The function raises ValueError on other images.
+        UserError: If the name is unknown, or a file of the model is missing or damaged. The function raises ValueError on
+            other images.
     """
-    model = load_clip(path, device)
+    network = _encoder(name, torch.device(device))
 
     def features(images: Tensor) -> Tensor:
         check_images(images)
-        return model.encode_images(images).float()
+        return network(images).float()
 
     return features
+
+
+def load_dinov2(folder: str | Path) -> nn.Module:
+    """DINOv2's class token after the last normalisation, of images [n, 3, H, W]: [n, 384] (small) to [n, 1536] (giant).
+
+    Shortest side to 256 (bicubic), the middle 224, as in its evaluation. The folder holds config.json and model.safetensors
+    (or pytorch_model.bin) as facebook/dinov2-base does.
+
+    Source: Oquab et al., arXiv:2304.07193, by transformers' Dinov2Model.
+
+    Raises:
+        UserError: If a file is missing, damaged or of another model.
+    """
+    from transformers import Dinov2Model
+
+    try:
+        network, found = Dinov2Model.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise _damaged(folder, "DINOv2", str(error)) from error
+    if missing := sorted(found["missing_keys"]):
+        raise _damaged(folder, "DINOv2", f"it lacks {missing[0]}")
+    return _Dinov2(network)
+
+
+def load_inception(file: str | Path) -> nn.Module:
+    """Inception v3's last pooling, of images [n, 3, H, W]: [n, 2048].
+
+    Both sides are resized to 299 (bilinear, antialiased), which distorts images that aren't square, as is usual for FID.
+
+    Source: Szegedy et al., arXiv:1512.00567, by torchvision; the file is its weights without or with the auxiliary head.
+    Differs: FID, KID and the paper use other weights (a TensorFlow network of 2015 with its own pooling, as pytorch-fid
+    ships it) and no antialiasing, so that numbers can't be compared with published ones, only with each other.
+
+    Raises:
+        UserError: If the file is missing, damaged or of another network.
+    """
+    from torchvision.models import inception_v3
+
+    network = inception_v3(weights=None, aux_logits=False, transform_input=False, init_weights=False)
+    network.fc = nn.Identity()
+    try:
+        weights = load_file(file)
+        network.load_state_dict({key: value for key, value in weights.items() if not key.startswith(("AuxLogits.", "fc."))})
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise _damaged(file, "Inception v3", str(error)) from error
+    half = (0.5, 0.5, 0.5)
+    return nn.Sequential(Frame(INCEPTION_SIDE, half, half, fit="squash", interpolation="bilinear"), network)
+
+
+class _Dinov2(nn.Module):
+    """Images [n, 3, H, W] to class tokens [n, d]."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.frame, self.network = Frame(DINOV2_RESIZED, IMAGENET_MEAN, IMAGENET_STD), network
+
+    def forward(self, images: Tensor) -> Tensor:
+        margin = (DINOV2_RESIZED - DINOV2_CROP) // 2
+        pixels = self.frame(images)[..., margin:-margin, margin:-margin]
+        return self.network(pixel_values=pixels).pooler_output
+
+
+def _encoder(name: str | Path, device: torch.device) -> Features:
+    """The network of a name, on its device, without gradients of its weights."""
+    text = str(name)
+    if text == INCEPTION:
+        return _ready(load_inception(hub.local_path(INCEPTION_SOURCE)), device)
+    if text.startswith(DINOV2):
+        return _ready(load_dinov2(hub.local_path(_dinov2_source(text))), device)
+    if text.startswith(OPEN_CLIP):
+        return _ready(load_open_clip(hub.local_path(clip_source(text)), text), device).encode_images
+    return load_clip(CHECKPOINTS / "emoji-clip" if text == CLIP else name, device).encode_images
+
+
+def _dinov2_source(name: str) -> Source:
+    size = name.removeprefix(DINOV2)
+    if size not in DINOV2_SIZES:
+        raise UserError(f"unknown features '{name}'{nearest(name, [DINOV2 + known for known in DINOV2_SIZES])}")
+    return Source(f"facebook/dinov2-{size}", files=("config.json", "model.safetensors|pytorch_model.bin"))
+
+
+def _ready(network: nn.Module, device: torch.device) -> nn.Module:
+    return network.to(device).eval().requires_grad_(False)
+
+
+def _damaged(path: str | Path, what: str, reason: str) -> UserError:
+    first = reason.strip().splitlines()[0]
+    return UserError(f"{path} isn't {what}, or is damaged ({first}); delete it and download it again")

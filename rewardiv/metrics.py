@@ -84,8 +84,8 @@ def eigenvalues(features: ArrayLike) -> Array:
     Raises:
         UserError: If there are fewer than 2 images, or a feature is nan or infinite.
     """
-    points = _as_points(features)
-    return _spectra(_centred(points), np.arange(len(points))[None])[0]
+    points = as_points(features)
+    return spectra(_centred(points), np.arange(len(points))[None])[0]
 
 
 def scd(a: ArrayLike, b: ArrayLike, compat: Compat | None = None) -> float:
@@ -117,7 +117,7 @@ def scd(a: ArrayLike, b: ArrayLike, compat: Compat | None = None) -> float:
 
 def trace_ratio(a: ArrayLike, b: ArrayLike) -> float:
     """Total variance of `a` [n, d] relative to that of `b` [m, d]; below 1 is less spread, nan where b has none."""
-    return _ratio(eigenvalues(a).sum(), eigenvalues(b).sum())
+    return ratio(eigenvalues(a).sum(), eigenvalues(b).sum())
 
 
 def effective_rank(eigenvalues: ArrayLike) -> float:
@@ -138,7 +138,7 @@ def effective_rank(eigenvalues: ArrayLike) -> float:
 
 def mean_pairwise_distance(a: ArrayLike) -> float:
     """Mean Euclidean distance between two different rows of `a` [n, d], n at least 2."""
-    points = _as_points(a)
+    points = as_points(a)
     total = sum(np.linalg.norm(points[i + 1 :] - points[i], axis=1).sum() for i in range(len(points) - 1))
     return float(total / (len(points) * (len(points) - 1) / 2))
 
@@ -176,20 +176,20 @@ def spectral_report(
     pooled = np.concatenate([_centred(points), _centred(base)])
     dealt = rng.permuted(np.tile(np.arange(2 * n), (num_resamples, 1)), axis=1)
     redrawn = rng.integers(0, n, (num_resamples, n))
-    first = _spectra(pooled, np.concatenate([dealt[:, :n], redrawn]))
-    second = _spectra(pooled, np.concatenate([dealt[:, n:], redrawn + n]))
+    first = spectra(pooled, np.concatenate([dealt[:, :n], redrawn]))
+    second = spectra(pooled, np.concatenate([dealt[:, n:], redrawn + n]))
     distances = ((first - second) ** 2).sum(1)
-    null = _middle(distances[:num_resamples], level)
-    low, high = _middle(distances[num_resamples:], level)
+    null = middle(distances[:num_resamples], level)
+    low, high = middle(distances[num_resamples:], level)
 
     rank, base_rank = effective_rank(spectrum), effective_rank(base_spectrum)
     return SpectralReport(
         scd=distance,
         null=null,
         interval=(min(low, distance), max(high, distance)),
-        trace_ratio=_ratio(spectrum.sum(), base_spectrum.sum()),
+        trace_ratio=ratio(spectrum.sum(), base_spectrum.sum()),
         effective_rank=rank,
-        effective_rank_ratio=_ratio(rank, base_rank),
+        effective_rank_ratio=ratio(rank, base_rank),
         pairwise_distance=mean_pairwise_distance(points),
         num_images=n,
     )
@@ -233,18 +233,18 @@ def within_report(
     order = np.concatenate([np.broadcast_to(np.arange(2 * size), (1, prompts, 2 * size)), order])  # first as they are
     rows = order + 2 * size * np.arange(prompts)[:, None]
     first, second = (
-        _spectra(both.reshape(-1, d), side.reshape(num_resamples + 1, -1), prompts)
+        spectra(both.reshape(-1, d), side.reshape(num_resamples + 1, -1), prompts)
         for side in (rows[:, :, :size], rows[:, :, size:])
     )
     distances = ((first - second) ** 2).sum(1)
     scale = (2 * size - 1) / (2 * size - 2)
     traces, other_traces = first[1:].sum(1), second[1:].sum(1)
     shares = np.divide(traces, traces + other_traces, out=np.full(num_resamples, 0.5), where=traces + other_traces > 0)
-    share_low, share_high = _middle(shares, level)
+    share_low, share_high = middle(shares, level)
     return WithinReport(
         scd=float(distances[0]),
-        null=_middle(distances[1:] * scale**2, level),
-        trace_ratio=_ratio(first[0].sum(), second[0].sum()),
+        null=middle(distances[1:] * scale**2, level),
+        trace_ratio=ratio(first[0].sum(), second[0].sum()),
         trace_null=(share_low / (1 - share_low), share_high / max(1 - share_high, SMALLEST_SHARE)),
         effective_rank=effective_rank(first[0]),
         effective_rank_reference=effective_rank(second[0]),
@@ -262,25 +262,25 @@ def mean_interval(values: ArrayLike, *, seed: int, level: float = 0.95) -> tuple
     Raises:
         UserError: If there is no value, or one is nan or infinite.
     """
-    numbers = _as_float64(values).ravel()
+    numbers = as_float64(values).ravel()
     if not len(numbers) or not np.isfinite(numbers).all():
         raise UserError(f"a mean needs finite numbers, got {numbers.tolist()}")
     mean = float(numbers.mean())
     if len(numbers) == 1:
         return mean, mean, mean
     rows = np.random.default_rng(seed).integers(0, len(numbers), (MEAN_RESAMPLES, len(numbers)))
-    return mean, *_middle(numbers[rows].mean(1), level)
+    return mean, *middle(numbers[rows].mean(1), level)
 
 
-def _as_float64(values: ArrayLike) -> Array:
+def as_float64(values: ArrayLike) -> Array:
     """A float64 array of anything array-like; a torch tensor may need gradients, sit on a device or be bfloat16."""
     if hasattr(values, "detach"):
         values = values.detach().cpu().double().numpy()
     return np.asarray(values, dtype=np.float64)
 
 
-def _as_points(features: ArrayLike) -> Array:
-    points = _as_float64(features)
+def as_points(features: ArrayLike) -> Array:
+    points = as_float64(features)
     if points.ndim != 2 or len(points) < 2:
         raise UserError(f"diversity needs features [n, d] of at least 2 images, got shape {list(points.shape)}")
     if not np.isfinite(points).all():
@@ -289,7 +289,7 @@ def _as_points(features: ArrayLike) -> Array:
 
 
 def _as_prompts(features: ArrayLike) -> Array:
-    points = _as_float64(features)
+    points = as_float64(features)
     if points.ndim != 3 or points.shape[0] < 1 or points.shape[1] < 2:
         raise UserError(f"diversity within prompts needs features [P, S, d] with S at least 2, got {list(points.shape)}")
     if not np.isfinite(points).all():
@@ -298,7 +298,7 @@ def _as_prompts(features: ArrayLike) -> Array:
 
 
 def _as_pair(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
-    points_a, points_b = _as_points(a), _as_points(b)
+    points_a, points_b = as_points(a), as_points(b)
     if len(points_a) != len(points_b):
         raise UserError(
             f"the spectral distance needs equally many images on both sides, got {len(points_a)} and {len(points_b)}"
@@ -312,15 +312,16 @@ def _centred(points: Array) -> Array:
     return points - points.mean(0)
 
 
-def _spectra(points: Array, rows: NDArray[np.integer], num_groups: int = 1) -> Array:
+def spectra(points: Array, rows: NDArray[np.integer], num_groups: int = 1, gram: Array | None = None) -> Array:
     """The spectrum of each set of rows `points[rows[r]]`: [r, min(n - num_groups, d)], descending, never negative.
 
     `rows` is [r, n]: num_groups groups of equal size after one another, each centred by its own mean. Where n <= d one
-    Gram matrix of all points is indexed, so that a set costs one n x n problem.
+    Gram matrix of all points is indexed, so that a set costs one n x n problem; `gram` is that matrix if it is known.
     """
     n, d = rows.shape[1], points.shape[1]
     size, small = n // num_groups, n <= d
-    gram = points @ points.T if small else None
+    if small and gram is None:
+        gram = points @ points.T
     block = max(1, BLOCK_FLOATS // (n * max(n, d)))
     out = np.empty((len(rows), min(n - num_groups, d)))
     for start in range(0, len(rows), block):
@@ -346,11 +347,11 @@ def _authors_distance(a: Array, b: Array, log: bool) -> float:
     return float(np.linalg.norm(first - second))
 
 
-def _ratio(value: float, reference: float) -> float:
+def ratio(value: float, reference: float) -> float:
     return float(value / reference) if reference > 0 else float("nan")
 
 
-def _middle(values: Array, level: float) -> tuple[float, float]:
+def middle(values: Array, level: float) -> tuple[float, float]:
     """The quantiles that leave equal shares outside the middle `level` of the values."""
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -12,12 +12,12 @@ import torch
 from rewardiv.errors import UserError
 from rewardiv.metrics import (
     Array,
-    _spectra,
     effective_rank,
     eigenvalues,
     mean_interval,
     mean_pairwise_distance,
     scd,
+    spectra,
     spectral_report,
     trace_ratio,
     within_report,
@@ -231,7 +231,7 @@ def test_resampled_spectra_are_those_of_the_resampled_images(d: int) -> None:
     points = gaussian(1, 12, d)
     rows = np.random.default_rng(0).integers(0, 12, (20, 8))
     expected = [eigenvalues(points[picked]) for picked in rows]
-    np.testing.assert_allclose(_spectra(points, rows), expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(spectra(points, rows), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_mean_interval() -> None:
