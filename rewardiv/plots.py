@@ -37,6 +37,7 @@ MAX_LABEL = 30
 MAX_POINTS = 200  # of a line; more steps are averaged in groups
 EMA_STEPS = 6  # of the smoothed line: its memory, in points drawn
 WIDTH, AXES_BOTTOM, AXES_HEIGHT = 4.5, 0.426, 1.73  # inches
+FRONTIER_COLUMNS = 4  # of a legend that names LoRAs too
 BEST = "best trade-off"
 ROW_POINTS = 12.0  # of a legend
 TITLE_STYLE = {"fontsize": 10, "color": INK, "loc": "left", "fontweight": "bold"}
@@ -94,6 +95,30 @@ class TrainingRun:
     floor: float = 0.0
 
 
+@dataclass(frozen=True)
+class FrontierMark:
+    """A point of a frontier.
+
+    Attributes:
+        family: A method's kind, which decides the colour.
+        lora: Its label, which decides the marker; "" for the base model.
+        label: Written beside the point.
+        diversity: To the right is more.
+        reward: Upwards is more.
+        diversity_interval: (low, high), drawn as a bar; None where it isn't known. So is reward_interval.
+        dominated: Drawn pale.
+    """
+
+    family: str
+    lora: str
+    label: str
+    diversity: float
+    reward: float
+    diversity_interval: tuple[float, float] | None = None
+    reward_interval: tuple[float, float] | None = None
+    dominated: bool = False
+
+
 def method_colours(methods: Sequence[str]) -> dict[str, str]:
     """One colour for each of `methods`, as "#rrggbb": its kind's own, or a spare one where that is taken.
 
@@ -126,6 +151,76 @@ def spectral_figure(curves: Sequence[Curve], *, num_steps: int, null: tuple[floa
     _draw(axes, curves, num_steps)
     axes.set_ylim(bottom=0)
     return figure
+
+
+def frontier_figure(marks: Sequence[FrontierMark], *, reward: str, diversity: str) -> Figure:
+    """Reward against diversity: a marker a point, bars where intervals are known, the front as a line of steps.
+
+    Args:
+        marks: A family's points of one LoRA are joined in this order.
+        reward: Name of the reward.
+        diversity: What the number on the x axis is.
+    """
+    shapes = dict(zip(dict.fromkeys(mark.lora for mark in marks if mark.lora), cycle("osD^vPX*<>hp"), strict=False))
+    handles = [Line2D([], [], color=COLOURS[family], marker="o", markersize=5, linewidth=1, label=family)
+               for family in dict.fromkeys(mark.family for mark in marks)]
+    if len(shapes) > 1:
+        handles += [Line2D([], [], color=INK, marker=shape, markersize=5, linestyle="", label=lora)
+                    for lora, shape in shapes.items()]
+    handles.append(Line2D([], [], color=INK, linewidth=1, alpha=0.5, label="front"))
+    columns = FRONTIER_COLUMNS if len(shapes) > 1 else len(handles)
+    above = ROW_POINTS * (math.ceil(len(handles) / columns) - 1)  # points, of the legend's rows after the first one
+    height = 1.05 * WIDTH + above / 72
+    figure = Figure(figsize=(1.35 * WIDTH, height))
+    axes = figure.add_axes((0.125, 0.52 / height, 0.855, 3.5 / height))
+    for family, lora in dict.fromkeys((mark.family, mark.lora) for mark in marks):
+        own = [mark for mark in marks if (mark.family, mark.lora) == (family, lora)]
+        axes.plot([mark.diversity for mark in own], [mark.reward for mark in own], color=COLOURS[family], linewidth=1,
+                  alpha=0.45)
+        for mark in own:
+            _frontier_mark(axes, mark, shapes.get(lora, "o"))
+    axes.margins(x=0.08, y=0.06)
+    _frontier_labels(axes, marks)
+    front = sorted((mark.diversity, mark.reward) for mark in marks if not mark.dominated)
+    axes.plot(*zip(*front, strict=True), drawstyle="steps-pre", color=INK, linewidth=1, alpha=0.5, gid="front", zorder=1)
+    _dress(axes, f"mean {_name(reward)}", diversity, pad=20 + above)
+    _legend(axes, handles, columns, 0.0)
+    return figure
+
+
+def _frontier_mark(axes: Axes, mark: FrontierMark, shape: str) -> None:
+    alpha, colour = 0.3 if mark.dominated else 1.0, COLOURS[mark.family]
+    for interval, line in ((mark.reward_interval, axes.vlines), (mark.diversity_interval, axes.hlines)):
+        if interval:
+            line(mark.diversity if line == axes.vlines else mark.reward, *interval, color=colour, linewidth=1.2,
+                 alpha=0.5 * alpha)
+    axes.plot([mark.diversity], [mark.reward], shape, color=colour, markersize=7, alpha=alpha, zorder=3)
+
+
+def _frontier_labels(axes: Axes, marks: Sequence[FrontierMark]) -> None:
+    """Each point's label beside it where there is room, those of the front first; one that has none is left out."""
+    size, taken = 7.5, []
+    axes.autoscale_view()  # otherwise the axes still have the limits of an empty figure
+    scale = 72 / axes.figure.dpi  # pixels to points
+    for mark in marks:
+        x, y = axes.transData.transform((mark.diversity, mark.reward)) * scale
+        taken.append((x - 4, y - 4, x + 4, y + 4))
+    right = axes.get_window_extent().x1 * scale
+    for mark in sorted(marks, key=lambda mark: mark.dominated):
+        text = _short(mark.label)
+        x, y = axes.transData.transform((mark.diversity, mark.reward)) * scale
+        width = 0.58 * size * len(text)
+        for left, bottom in ((6, 4), (6, -11), (-6 - width, 4), (-6 - width, -11), (-width / 2, 9), (-width / 2, -16)):
+            box = (x + left, y + bottom, x + left + width, y + bottom + size)
+            if box[2] < right and not any(_overlap(box, other) for other in taken):
+                axes.annotate(text, (mark.diversity, mark.reward), xytext=(left, bottom), textcoords="offset points",
+                              fontsize=size, color=INK, alpha=0.4 if mark.dominated else 0.9, zorder=4)
+                taken.append(box)
+                break
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def training_figures(runs: Sequence[TrainingRun]) -> dict[str, Figure]:
@@ -464,17 +559,22 @@ def _axes(last: int, title: str, xlabel: str = "denoising step", *, first: int =
     axes = figure.add_axes((0.125, 0.155, 0.855, 0.63))
     end = max(last, first + 1)
     axes.set_xlim(first or -0.02 * end, end * 1.03)
-    axes.set_xlabel(xlabel, fontsize=9, color=INK)
-    axes.set_title(title, **TITLE_STYLE, pad=30)
-    axes.tick_params(colors=INK, labelsize=8.5, length=3)
+    _dress(axes, title, xlabel)
     axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure, axes
+
+
+def _dress(axes: Axes, title: str, xlabel: str, pad: float = 30) -> None:
+    """Title, label, ticks, grid and frame as every figure has them."""
+    axes.set_xlabel(xlabel, fontsize=9, color=INK)
+    axes.set_title(title, **TITLE_STYLE, pad=pad)
+    axes.tick_params(colors=INK, labelsize=8.5, length=3)
     axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.7)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(INK)
         spine.set_alpha(0.35)
-    return figure, axes
 
 
 def _draw(axes: Axes, curves: Iterable[Curve], num_steps: int) -> None:

@@ -1,0 +1,212 @@
+"""The command `sweep`: prompts x methods x seeds x LoRAs, resumed where it stopped, with the frontier and a report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rewardiv.cli_training import duration
+from rewardiv.config import parse_seeds
+from rewardiv.devices import check_device_name, pick_device
+from rewardiv.errors import UserError
+from rewardiv.evaluate.settings import DIVERSITIES, DTYPES, SEEDS, SweepConfig, flag_name, read_toml
+
+if TYPE_CHECKING:
+    from rewardiv.crew import Crew
+    from rewardiv.evaluate.sweep import Estimate, Sweep, Unit
+
+OPTIONS: dict[str, dict[str, str]] = {
+    "what is crossed": {
+        "prompt_sets": "emoji, partiprompts:FILE, hpsv2:FOLDER or a FILE of prompts; repeat it for several",
+        "prompts": "a prompt; repeat it for several",
+        "categories": "only the sets' prompts of this category; repeat it for several",
+        "max_prompts": "so many of the prompts, spread evenly",
+        "methods": "methods, with lists and ranges; repeat it for several",
+        "loras": "name, folder, file or mixture; repeat it for several",
+        "checkpoints": "a training run's checkpoints: RUN is all of them, RUN=10,20 those steps",
+        "seeds": "such as 0-7,12; at least 2",
+        "reference_seeds": "of further base images, twice as many or more: what is chance, for the panel and the hacking check",
+    },
+    "what stays the same": {
+        "model": "name, folder or hub id",
+        "num_inference_steps": "denoising steps",
+        "guidance_scale": "classifier-free guidance, 1 is off",
+        "guidance_rescale": "against overexposure by guidance, 0 to 1",
+        "negative_prompt": "what guidance leads away from",
+        "scheduler": "as in sample",
+        "height": "of the images in px; 0 is the model's own",
+        "width": "of the images in px; 0 is the model's own",
+        "dtype": ", ".join(DTYPES),
+    },
+    "what is measured": {
+        "rewards": "repeat it for several; none is what the LoRAs were trained on",
+        "held_out": "a reward that nothing was trained on; repeat it for several",
+        "diversity": ", ".join(DIVERSITIES),
+        "features": "clip (the built-in one), clip:ARCH:PRETRAINED, dinov2:SIZE, inception or a folder",
+    },
+    "files": {
+        "output_dir": "tables, figures and report.html; a sweep that stopped goes on in its folder",
+        "store": "where images and scores are kept, for other sweeps too (the folder store in it)",
+    },
+}
+METAVARS = {"prompt_sets": "SET", "prompts": "TEXT", "negative_prompt": "TEXT", "methods": "METHOD", "checkpoints": "RUN",
+            "output_dir": "DIR", "store": "DIR", "height": "PX", "width": "PX"} | dict.fromkeys(SEEDS, "SEEDS")
+KIND_METAVARS = {int: "N", float: "X"}
+EPILOG = """\
+axes: in place of a value between colons may stand a list or a range, both ends included:
+  aig:power:1,2,4           three methods
+  aig:power:1..8/4          1, 3.333, 5.667, 8: four values, evenly spaced
+  aig:power:1..8/4log       1, 2, 4, 8: by equal factors
+  aig:sigmoid:8,16:0.3..0.7/3   every value with every other: six methods
+
+a TOML file has the flags' names:
+  prompts = "emoji"
+  max-prompts = 8
+  method = ["finetuned", "lora:0.25..0.75/3", "aig:power:1..8/4log"]
+  seeds = "0-7"
+
+Every image and score is kept in the store as soon as it is there, under a key of all that decides it: a sweep that was
+killed goes on with the same command, and another one that shares the store draws only what is new. Under
+accelerate launch --num_processes N -m rewardiv sweep ... the processes share the work."""
+
+
+def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    """One option for each setting of a sweep; only what is given ends up in the namespace."""
+    default = SweepConfig("DIR")
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for name, about in options.items():
+            value = getattr(default, name)
+            metavar = METAVARS.get(name, KIND_METAVARS.get(type(value), "NAME"))
+            settings: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "metavar": metavar}
+            if name in SEEDS:
+                settings |= {"type": parse_seeds}
+            elif isinstance(value, tuple):
+                settings |= {"action": "append"}
+            else:
+                settings |= {"type": type(value)}
+            group.add_argument(f"--{flag_name(name)}", help=f"{about}{_shown(name, default)}", **settings)
+    parser.add_argument("--config", metavar="FILE", help="settings to begin with, in TOML; options win over them")
+    parser.add_argument("--estimate", action="store_true", help="say what it would take, by one measured cell, and stop")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
+    parser.add_argument("--offload", action="store_true", help="less memory on the device, as in sample")
+    parser.add_argument("--safety", action=argparse.BooleanOptionalAction, default=None,
+                        help="black out what the model's own safety checker flags (on where the host is public)")
+    parser.usage = f"{parser.prog} --output-dir DIR [--config FILE] [options]"
+    parser.epilog = EPILOG
+
+
+def sweep_config(args: argparse.Namespace) -> SweepConfig:
+    """The settings that the options stand for: explicit ones, over the file's, over the defaults.
+
+    Raises:
+        UserError: If a setting cannot be used, or no output folder is named.
+    """
+    given = read_toml(args.config) if args.config else {}
+    for options in OPTIONS.values():
+        for name in options:
+            if hasattr(args, name):
+                value = getattr(args, name)
+                given[name] = tuple(value) if isinstance(value, list) else value
+    if "output_dir" not in given:
+        raise UserError("name a folder for the tables and the report with --output-dir")
+    return SweepConfig(**given)
+
+
+def run_sweep(args: argparse.Namespace) -> None:
+    """Draw and score what is missing, and write the report; or only say what it would take."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        from rewardiv.crew import relaunch_if_alone
+
+        relaunch_if_alone()
+    config = sweep_config(args)
+    device = check_device_name(args.device)
+    import torch
+
+    from rewardiv.crew import join_crew
+    from rewardiv.evaluate.report import write_report
+    from rewardiv.evaluate.sweep import Sweep, share
+    from rewardiv.generate import Engine
+
+    crew = join_crew(pick_device(device))
+    with _folder(config, crew, only_estimate=args.estimate):
+        engine = Engine(device=crew.device, dtype=getattr(torch, config.dtype), features_path=config.features,
+                        offload=args.offload, safety=args.safety)
+        sweep = Sweep(engine, config)
+        pending = crew.lead(sweep.pending)
+        estimate = crew.lead(lambda: sweep.estimate(pending, crew.world_size))
+        if crew.is_leader:
+            print(_told(estimate), file=sys.stderr)
+        if args.estimate:
+            return
+        _work(sweep, share(pending, crew), crew)
+        crew.together(lambda: None)  # all are done
+        page = crew.lead(lambda: write_report(sweep))
+    if crew.is_leader:
+        print(page)
+
+
+def _work(sweep: Sweep, units: list[Unit], crew: Crew) -> None:
+    """This process's part, with a bar where it leads."""
+    from tqdm import tqdm
+
+    total = sum(len(sweep.to_draw(unit)) + len(sweep.to_score(unit)) for unit in units)
+    if units:
+        sweep.load()
+    with tqdm(total=total, unit="", file=sys.stderr, disable=not crew.is_leader or not units) as bar:
+        try:
+            for progress in sweep.run(units):
+                bar.set_postfix_str(f"{duration(progress.remaining_s)} left, {progress.prompt[:40]}", refresh=False)
+                bar.update(progress.done - bar.n)
+        except KeyboardInterrupt:
+            print("what is done is kept; the same command goes on from here", file=sys.stderr)
+            raise
+
+
+@contextmanager
+def _folder(config: SweepConfig, crew: Crew, *, only_estimate: bool) -> Iterator[None]:
+    """Inside, the output folder is this sweep's alone."""
+    from rewardiv.evaluate.report import LOCK_NAME, prepare_folder
+    from rewardiv.runs import try_lock
+
+    locks = []
+
+    def take() -> None:
+        prepare_folder(config)
+        lock = try_lock(config.folder / LOCK_NAME)
+        if lock is None:
+            raise UserError(f"another sweep is at work in {config.folder}; wait for it, or choose another folder")
+        locks.append(lock)
+
+    if not only_estimate:
+        crew.lead(take)
+    try:
+        yield
+    finally:
+        for lock in locks:
+            lock.close()
+
+
+def _told(estimate: Estimate) -> str:
+    from rewardiv.hub import gib_text
+
+    if not (estimate.to_draw or estimate.to_score):
+        return f"{estimate.images} images, all of them drawn and scored"
+    kept = estimate.images - estimate.to_draw
+    return (f"{estimate.images} images: {kept} are in the store, {estimate.to_draw} to draw, {estimate.to_score} to score; "
+            f"about {duration(estimate.seconds)} and {gib_text(estimate.disk_bytes)} of {gib_text(estimate.free_bytes)} free")
+
+
+def _shown(name: str, default: SweepConfig) -> str:
+    value = getattr(default, name)
+    if name == "seeds":
+        return " (0-3)"
+    if name == "methods":
+        return f" ({' '.join(value)})"
+    if name == "output_dir" or value in ("", (), 0):
+        return ""
+    return f" ({', '.join(value) if isinstance(value, tuple) else value})"
