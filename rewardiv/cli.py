@@ -1,4 +1,4 @@
-"""The command line: list, sample, score, train, runs, export, pretrain, bench. Heavy libraries load only where needed."""
+"""The command line: every command and its flags. Heavy libraries load only where they are needed."""
 
 from __future__ import annotations
 
@@ -6,34 +6,32 @@ import argparse
 import itertools
 import json
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from rewardiv import __version__, cli_export, cli_training
+from rewardiv import __version__, cli_export, cli_models, cli_study, cli_sweep, cli_training
 from rewardiv.bench import command as bench
 from rewardiv.config import SCHEDULERS, SampleConfig, format_seeds, parse_seeds
-from rewardiv.devices import pick_device
-from rewardiv.errors import UserError, nearest
+from rewardiv.devices import DTYPES, pick_device, pick_dtype
+from rewardiv.errors import UserError
 from rewardiv.pretrain import command as pretrain
-from rewardiv.registry import LORAS, MODELS, REWARDS, ROOT, find_model, find_reward, is_here
+from rewardiv.registry import find_model, find_reward
 from rewardiv.runs import new_dir
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+    from PIL.Image import Image as Picture
 
     from rewardiv.generate import Result
 
 Command = Callable[[argparse.Namespace], None]
-DTYPES = ("float32", "bfloat16", "float16")
 EXAMPLE = """\
 examples:
   python -m rewardiv list
   python -m rewardiv sample --prompt "a cat face" --seeds 0-7 --output-dir cats
   python -m rewardiv sample --method base --method aig:power:4 --method aig:step:0.5 --output-dir shapes
   python -m rewardiv score --reward vivid --prompt "a cat face" cats/images/base/*.png
+  python -m rewardiv sweep --max-prompts 8 --method aig:power:1..8/4log --method lora:0.25..0.75/3 --output-dir frontier
   python -m rewardiv train --reward vivid --max-train-steps 60 --output-dir runs/vivid"""
 METHODS_HELP = """\
 methods:
@@ -93,43 +91,33 @@ def build_parser() -> Parser:
         command.set_defaults(run=run)
         return command
 
-    listing = add("list", "models, LoRAs and rewards, where each comes from, whether it is here", run_list)
-    listing.add_argument("--json", action="store_true", help="as JSON")
+    about = "models, LoRAs and rewards, where each comes from, whether it is here"
+    cli_models.add_list_arguments(add("list", about, cli_models.run_list))
+    cli_models.add_download_arguments(add("download", "fetch a model, LoRA or reward from the hub", cli_models.run_download))
+    cli_models.add_remove_arguments(add("remove", "delete what was downloaded", cli_models.run_remove))
     _add_sample(add("sample", "images of one prompt by several methods at the same seeds, with scores", run_sample,
                     METHODS_HELP))
     _add_score(add("score", "rewards of image files, as JSON on stdout", run_score))
     cli_training.add_train_arguments(add("train", "train a LoRA on one or several rewards", cli_training.run_train))
     cli_training.add_runs_arguments(add("runs", "training runs: list them, stop them, go on with them", cli_training.run_runs))
     cli_export.add_export_arguments(add("export", "a LoRA as files for others", cli_export.run_export))
+    cli_sweep.add_sweep_arguments(add("sweep", "prompts, methods, seeds and LoRAs crossed: the frontier and a report",
+                                      cli_sweep.run_sweep))
+    cli_study.add_study_arguments(add("study", "a blind study of people's preferences: build it, see results, export",
+                                      cli_study.run_study))
     bench.add_arguments(add("bench", "measure speed", bench.run))
     pretrain.add_arguments(add("pretrain", "rebuild the built-in data, models, rewards and LoRAs", pretrain.run))
     return parser
 
 
-def run_list(args: argparse.Namespace) -> None:
-    """Print what the project knows by name."""
-    rows = [
-        {"kind": kind, "name": entry.name, "about": entry.about, "path": _shown(entry.path), "here": is_here(entry)}
-        | ({"licence": entry.licence} if kind == "model" else {})
-        | ({"model": entry.model, "reward": entry.reward} if kind == "lora" else {})
-        for kind, entries in (("model", MODELS), ("lora", LORAS), ("reward", REWARDS)) for entry in entries.values()
-    ]
-    if args.json:
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
-        return
-    for row in rows:
-        state = "here" if row["here"] else "MISSING"
-        print(f"{row['kind']:7} {row['name']:13} {state:8} {row['path'] or 'no weights'}")
-        print(textwrap.indent(row["about"], " " * 8))
-
-
 def sample_config(args: argparse.Namespace) -> SampleConfig:
     """The settings that the options of `sample` stand for."""
     return SampleConfig(
-        model=args.model, lora=args.lora, prompt=args.prompt, negative_prompt=args.negative_prompt,
+        model=args.model, lora="+".join(args.lora or [SampleConfig.lora]), prompt=args.prompt,
+        negative_prompt=args.negative_prompt,
         methods=tuple(args.method or SampleConfig.methods), seeds=parse_seeds(args.seeds),
         num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale, scheduler=args.scheduler,
-        rewards=tuple(args.reward or ()),
+        rewards=tuple(args.reward or ()), guidance_rescale=args.guidance_rescale, height=args.height, width=args.width,
     )
 
 
@@ -139,11 +127,15 @@ def run_sample(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from rewardiv.export import save_result
-    from rewardiv.generate import Engine, Progress, check, generate
+    from rewardiv.generate import Engine, Progress, check, generate, memory_plan
 
     check(config)
-    engine = Engine(device=pick_device(args.device), dtype=_dtype(args.dtype))
+    engine = Engine(device=pick_device(args.device), dtype=pick_dtype(args.dtype), offload=args.offload,
+                    safety=args.safety)
+    plan = memory_plan(engine, config)
     folder = new_dir(args.output_dir)
+    if plan:
+        print(plan.table(), file=sys.stderr)
     records = generate(engine, config)
     first = next(records)  # what is wrong with the files is said before a bar is drawn
     with tqdm(total=config.num_inference_steps, unit="step", file=sys.stderr) as bar:
@@ -155,6 +147,8 @@ def run_sample(args: argparse.Namespace) -> None:
     save_result(record, folder)
     if record.cut:
         print(f"warning: the prompt is too long; left out: {record.cut}", file=sys.stderr)
+    if record.safety.sentence:
+        print(record.safety.sentence, file=sys.stderr)
     print(_summary(record, folder))
 
 
@@ -165,9 +159,10 @@ def run_score(args: argparse.Namespace) -> None:
     find_model(args.model)
     if not args.prompt.strip():
         raise UserError("the prompt is empty; say what the images were to show")
-    pictures = [(file, _read_image(file)) for file in args.images]
+    pictures = [_read_image(file) for file in args.images]
     import torch
 
+    from rewardiv.framing import to_tensor
     from rewardiv.rewards import load_reward
 
     device = pick_device(args.device)
@@ -175,17 +170,22 @@ def run_score(args: argparse.Namespace) -> None:
     with torch.no_grad():
         for name in args.reward:
             reward = load_reward(name, device=device)
-            rewards[name] = [reward(picture.to(device), [args.prompt]).item() for _, picture in pictures]
+            scores = (reward.official([picture], [args.prompt]) if args.official
+                      else reward(to_tensor(picture).to(device), [args.prompt]) for picture in pictures)
+            rewards[name] = [score.item() for score in scores]
     print(json.dumps({
         "prompt": args.prompt, "images": args.images, "rewards": rewards,
         "reward_mean": {name: sum(values) / len(values) for name, values in rewards.items()},
+        "preprocessing": "official" if args.official else "differentiable", "versions": reward.versions,
     }, indent=1, ensure_ascii=False))
 
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:
     default = SampleConfig()
-    parser.add_argument("--model", default=default.model, help="name or diffusers folder (%(default)s)")
-    parser.add_argument("--lora", default=default.lora, help="name, folder or .safetensors file (%(default)s)")
+    parser.add_argument("--model", default=default.model,
+                        help="name, diffusers folder, .safetensors checkpoint or hub id (%(default)s)")
+    parser.add_argument("--lora", action="append", metavar="LORA[=WEIGHT]",
+                        help=f"name, folder, .safetensors file or hub id; repeat it for several ({default.lora})")
     parser.add_argument("--prompt", default=default.prompt, help="what to draw (%(default)s)")
     parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what guidance leads away from")
     parser.add_argument("--seeds", default=format_seeds(default.seeds), help="such as 0-7,12 (%(default)s)")
@@ -195,10 +195,20 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
                         help="denoising steps (%(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=default.guidance_scale, metavar="X",
                         help="classifier-free guidance, 1 is off (%(default)g)")
-    parser.add_argument("--scheduler", default=default.scheduler, help=f"{', '.join(SCHEDULERS)} (%(default)s)")
+    parser.add_argument("--guidance-rescale", type=float, default=default.guidance_rescale, metavar="X",
+                        help="against overexposure by guidance, 0 to 1 (%(default)g: off)")
+    parser.add_argument("--scheduler", default=default.scheduler,
+                        help=f"{', '.join(SCHEDULERS)} (%(default)s: the model's own)")
+    for side in ("height", "width"):
+        parser.add_argument(f"--{side}", type=int, default=getattr(default, side), metavar="PX",
+                            help="of the images, a multiple of 8 (the model's own)")
     parser.add_argument("--output-dir", required=True, metavar="DIR", help="a folder that holds nothing yet")
     _add_device(parser)
     parser.add_argument("--dtype", default=DTYPES[0], help=f"{', '.join(DTYPES)} (%(default)s)")
+    parser.add_argument("--offload", action="store_true",
+                        help="keep the text encoders and the autoencoder off the device while they aren't used")
+    parser.add_argument("--safety", action=argparse.BooleanOptionalAction, default=None,
+                        help="black out what the model's own safety checker flags (on where the host is public)")
 
 
 def _add_score(parser: argparse.ArgumentParser) -> None:
@@ -206,25 +216,17 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="emoji", help="the model whose rewards are meant (%(default)s)")
     parser.add_argument("--reward", action="append", required=True, help="repeat it for several")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what the images were to show")
+    parser.add_argument("--official", action="store_true", help="prepare the images as each reward's own package does, for "
+                        "comparison with published scores, and not as `sample` and `train` score them")
     _add_device(parser)
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
 
 
-def _dtype(name: str) -> torch.dtype:
-    import torch
-
-    if name not in DTYPES:
-        raise UserError(f"unknown dtype '{name}'{nearest(name, DTYPES)}")
-    return getattr(torch, name)
-
-
-def _read_image(file: str) -> Tensor:
-    """An image file as [1, 3, H, W] in [0, 1], laid on white where it is transparent."""
-    import numpy as np
-    import torch
+def _read_image(file: str) -> Picture:
+    """An image file as an RGB picture, laid on white where it is transparent."""
     from PIL import Image
 
     try:
@@ -232,14 +234,7 @@ def _read_image(file: str) -> Tensor:
             rgba = picture.convert("RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the image {file}: {error}") from error
-    white = Image.new("RGBA", rgba.size, "white")
-    pixels = np.array(Image.alpha_composite(white, rgba).convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
-
-
-def _shown(path: str | None) -> str | None:
-    """A path as it is told: from the project's folder where it lies in it."""
-    return str(Path(path).relative_to(ROOT)) if path and Path(path).is_relative_to(ROOT) else path
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def _summary(result: Result, folder: Path) -> str:

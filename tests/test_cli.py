@@ -93,7 +93,11 @@ def test_scoring_the_saved_pictures_gives_the_reported_rewards(small: list[str],
     scored = json.loads(capsys.readouterr().out)
     reported = json.loads((out / "report.json").read_text())["methods"]["finetuned"]["rewards"]["clip"]
     assert scored["rewards"]["clip"] == pytest.approx(reported, abs=1e-5)
-    assert scored["images"] == pictures
+    assert scored["images"] == pictures and scored["preprocessing"] == "differentiable" and scored["versions"]["torch"]
+    assert main([*words, "--official", *pictures]) == 0
+    official = json.loads(capsys.readouterr().out)
+    assert official["preprocessing"] == "official"
+    assert official["rewards"]["clip"] == pytest.approx(reported, abs=0.02) and official["rewards"] != scored["rewards"]
 
 
 def test_score_takes_images_of_any_size_and_kind(tmp_path: Path, small: list[str],
@@ -130,7 +134,10 @@ def test_list_tells_where_everything_comes_from(capsys: pytest.CaptureFixture[st
         (["--num-inference-steps", "0"], "1 to 1000"),
         (["--num-inference-steps", "two"], "two"),
         (["--guidance-scale", "31"], "30"),
+        (["--guidance-rescale", "1.5"], "0 (off) to 1"),
         (["--scheduler", "ddmi"], "'ddim'"),
+        (["--height", "100"], "multiple of 8, such as 96"),
+        (["--width", "wide"], "wide"),
         (["--device", "tpu"], "tpu"),
         (["--device", "cuda:99"], "cuda:99"),
         (["--dtype", "float8"], "float8"),
@@ -198,6 +205,21 @@ def test_train_has_an_option_for_each_setting_and_its_defaults_are_the_settings_
     several = ["--reward", "vivid=0.5", "--reward", "clip", "--probe-reward", "calm", "--gradient-checkpointing"]
     assert train_settings(*several) == TrainConfig(
         "x", rewards=("vivid=0.5", "clip"), probe_rewards=("calm",), gradient_checkpointing=True)
+
+
+def test_paths_count_from_where_the_command_was_given_and_a_restart_finds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("mine/model", "mine/reward", "emoji", "vivid"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "prompts.txt").write_text("a cat")
+    monkeypatch.chdir(tmp_path)
+    paths = ("--model", "mine/model", "--prompts-file", "prompts.txt", "--reward", "mine/reward=0.5", "--probe-reward", "mine")
+    assert train_settings(*paths) == TrainConfig(
+        "x", model=f"{tmp_path}/mine/model", prompts_file=f"{tmp_path}/prompts.txt", rewards=(f"{tmp_path}/mine/reward=0.5",),
+        probe_rewards=(f"{tmp_path}/mine",))
+    names = ("--model", "emoji", "--reward", "vivid", "--reward", "clip:ViT-B-32:openai")
+    assert train_settings(*names) == TrainConfig("x", model="emoji", rewards=("vivid", "clip:ViT-B-32:openai"))
 
 
 def test_options_win_over_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
@@ -290,6 +312,27 @@ def test_runs_are_listed_and_ordered_by_name_or_folder(tmp_path: Path, capsys: p
     for order, said in ((["stop", "a"], "best is failed; it can't stop"), (["pause", "none"], "no training run"),
                         (["stop"], "which runs"), (["rename", "a"], "--name"), (["stpo", "a"], "stpo")):
         assert said in refused(capsys, [*words, *order])
+
+
+def test_sample_tells_what_it_takes_before_it_starts(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [*small, "--reward", "colorfulness", "--seeds", "0", "--method", "base", "--width", "40", "--scheduler", "unipc",
+             "--guidance-rescale", "0.5", "--offload", "--no-safety", "--output-dir", str(tmp_path / "out")]
+    assert main(["sample", *words]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("weights: UNet")] and [line for line in lines if line.startswith("peak")]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["methods"]["base"]["nfe"] == 2 * 2 and report["safety"] == {"state": "off", "flagged": {}}
+    assert Image.open(tmp_path / "out" / "images" / "base" / "0.png").size == (40, 16)
+    assert read_settings(tmp_path / "out" / "grid.png").guidance_rescale == 0.5
+
+
+def test_several_loras_are_one_text() -> None:
+    from rewardiv.cli import sample_config
+
+    words = ["sample", "--output-dir", "x", "--lora", "vivid", "--lora", "calm=0.5"]
+    assert sample_config(build_parser().parse_args(words)).lora == "vivid+calm=0.5"
 
 
 def test_sample_defaults_are_the_settings_defaults() -> None:

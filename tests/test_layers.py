@@ -11,31 +11,38 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (
-    {"errors", "runs", "registry", "devices"},
-    {"gamma", "methods", "metrics", "plots", "config", "crew", "records", "verdicts", "train_presets"},
-    {"sampling", "lora", "clip_models", "rewards", "features", "mixing", "checkpoints", "trackers"},
+    {"errors", "runs", "registry", "devices", "hub", "extensions"},
+    {"downloads", "gamma", "methods", "metrics", "gram", "panel", "hacking",
+     "plots", "config", "crew", "records", "verdicts", "train_presets", "lora_mix"},
+    {"sampling", "lora", "lora_formats", "framing", "clip_models", "rewards",
+     "features", "perceptual", "mixing", "checkpoints", "trackers", "prompts", "pipelines", "memory", "safety", "single_file"},
     {"models", "regularisers"},
     {"generate", "export"},
     {"draft", "probes", "learner", "trainer", "publish", "evaluate", "study", "bench", "pretrain"},
     {"jobs", "supervisor", "showcase"},
-    {"cli", "cli_training", "cli_export", "__main__", "ui", "app"},
+    {"cli", "cli_training", "cli_export", "cli_models", "cli_sweep", "cli_study", "__main__", "ui", "app"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms} | {"__init__": 0}
 MAY_TOUCH = {
     "matplotlib": {"plots"},
-    "peft": {"lora"},
-    "diffusers": {"sampling", "models", "bench", "pretrain"},
-    "transformers": {"models", "clip_models", "rewards", "bench", "pretrain"},
+    "peft": {"lora", "lora_formats"},
+    "diffusers": {"sampling", "models", "lora_formats", "pipelines", "single_file", "bench", "pretrain"},
+    "transformers": {"pipelines", "clip_models", "rewards", "features", "bench", "pretrain"},
     "open_clip": {"clip_models", "rewards", "features", "pretrain"},
-    "torchvision": {"pretrain", "cli"},
+    "torchvision": {"features", "pretrain", "cli"},
     "gradio": {"ui", "app"},
     "subprocess": {"jobs", "bench", "pretrain"},
-    "psutil": {"jobs", "supervisor", "crew"},
+    "psutil": {"memory", "jobs", "supervisor", "crew"},
     "fcntl": {"runs"},
-    "shutil": {"runs", "pretrain"},
+    "huggingface_hub": {"hub", "study"},
+    "pyarrow": {"evaluate", "study"},
+    "sqlalchemy": {"study"},
+    "evalica": {"study"},
+    "shutil": {"runs", "hub", "pretrain"},
 }
 NO_TORCH = {
-    "__init__", "errors", "config", "runs", "registry", "gamma", "methods", "train_presets", "jobs", "records", "verdicts",
+    "__init__", "errors", "config", "runs", "registry", "hub", "extensions", "downloads", "cli_models", "gamma", "methods",
+    "train_presets", "jobs", "records", "verdicts", "lora_mix", "study", "cli_study",
 }
 BANNED_ROOMS = {"utils", "common", "helpers", "base"}
 

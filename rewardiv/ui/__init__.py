@@ -11,6 +11,7 @@ from rewardiv.jobs import default_runs_dir
 from rewardiv.plots import COLOURS
 from rewardiv.registry import ROOT
 from rewardiv.ui.compare import OpenEngine, build_compare
+from rewardiv.ui.models_tab import POLL_S, build_models, connect_models
 from rewardiv.ui.prepared import PREPARED, prepared_view
 from rewardiv.ui.train_screen import Site
 from rewardiv.ui.training import build_ties, build_training, connect_page
@@ -41,19 +42,22 @@ def create_demo(
         open_engine: Returns the engine, and is called in a run only: a `LazyEngine`, or `lambda: engine`.
         prepared_dir: Folder of the result that is shown before the first click.
         runs_dir: Where training runs are and go; None is jobs.default_runs_dir().
-        training: Whether this host trains; else the runs in `runs_dir` are only shown.
+        training: Whether this host trains and downloads; else the runs in `runs_dir` and what is here are only shown.
         device: What the form of a training run begins with.
     """
     site = Site((runs_dir or default_runs_dir()).absolute(), demo=not training, device=device)
     with gr.Blocks(title="rewardiv", fill_width=True, delete_cache=(3600, 86400), analytics_enabled=False) as demo:
         gr.HTML(ABOUT, apply_default_css=False)
-        ties = build_ties()
+        ties, models_timer = build_ties(), gr.Timer(POLL_S, active=False)
         with gr.Tabs() as tabs:
             with gr.Tab("Compare", id="compare") as compare_page:
                 compare = build_compare(open_engine, prepared_view(prepared_dir))
             with gr.Tab("Training", id="training") as training_page:
                 tab = build_training(open_engine, site, ties, compare, tabs)
-        connect_page(tab, demo, tabs, {"compare": compare_page, "training": training_page})
+            with gr.Tab("Models", id="models") as models_page:
+                models = build_models(open_engine, models_timer, downloading=training)
+        connect_page(tab, demo, tabs, {"compare": compare_page, "training": training_page, "models": models_page})
+        connect_models(models, demo, models_page, tabs, ties.memory)
     return demo.queue(max_size=40)
 
 
