@@ -361,6 +361,7 @@ def test_parts_that_are_not_at_work_are_off_the_device(family: Family) -> None:
     assert moves == [*once, *once, ("vae", "cpu"), ("vae", "cpu")]
 
 
+@torch.no_grad()
 def test_tiles_and_lots_decode_nearly_the_same(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     latents = initial_noise(range(5), (4, 24, 24))
     whole = family.model.decode_latents(latents)
