@@ -16,8 +16,9 @@ def local_model(name: str, shape: str, image_size: int, folder: str) -> str:
     """The pipeline folder of a model's name, or one with random weights of a shape, written into `folder`."""
     if not shape:
         return find_model(name).path
-    run_module(sys.executable, SHAPES_MODULE, shape, str(image_size), folder)
-    return folder
+    place = f"{folder}/{shape}-{image_size}px"
+    run_module(sys.executable, SHAPES_MODULE, shape, str(image_size), place)
+    return place
 
 
 def run_module(python: str, module: str, *words: str) -> str:
