@@ -1,16 +1,20 @@
-"""The real weights: each reward downloads, loads and orders what everybody would order so. Run with `pytest -m hub`."""
+"""The real weights: rewards order what everybody would order so, base models draw as diffusers. Run with `pytest -m hub`."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from rewardiv import hub
+from rewardiv.config import SampleConfig
+from rewardiv.generate import Engine, generate
 from rewardiv.pretrain.scenes import load_icons
-from rewardiv.registry import find_reward
+from rewardiv.registry import find_model, find_reward
 from rewardiv.rewards import Reward, load_reward
 from rewardiv.rewards.clip import clip_source
+from rewardiv.sampling import initial_noise
 
 pytestmark = pytest.mark.hub
 
@@ -68,3 +72,27 @@ def test_the_aesthetic_score_prefers_a_picture_to_noise(pictures: Tensor) -> Non
 def test_version_2_and_2_1_of_hps_are_different_models(pictures: Tensor) -> None:
     scores = [fetched(name).official(pictures, list(CAPTIONS)) for name in ("hpsv2", "hpsv2.1")]
     assert float((scores[0] - scores[1]).abs().min()) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd-turbo", "sdxl-turbo"])
+def test_a_base_model_draws_as_diffusers_own_pipeline(name: str) -> None:
+    """Two steps, one image, the model's own scheduler, size and 32-bit arithmetic."""
+    hub.fetch(find_model(name))
+    check_drawn_alike(name, steps=2)
+
+
+def check_drawn_alike(name: str, *, steps: int) -> None:
+    """A model's base picture is that of the plain pipeline from the same noise."""
+    guidance = 1.0 if "turbo" in name else 5.0
+    config = SampleConfig(model=name, lora="", prompt="a cat face", methods=("base",), seeds=(3,), num_inference_steps=steps,
+                          guidance_scale=guidance, rewards=("colorfulness",))
+    *_, result = generate(Engine(safety=False), config)
+    place = hub.local_path(find_model(name))
+    pipe = DiffusionPipeline.from_pretrained(place, torch_dtype=torch.float32, use_safetensors=True)
+    if hasattr(pipe, "safety_checker"):
+        pipe.safety_checker = None
+    unet = pipe.unet.config
+    noise = initial_noise((3,), (unet.in_channels, unet.sample_size, unet.sample_size))
+    theirs = pipe("a cat face", latents=noise, num_inference_steps=steps, guidance_scale=guidance, output_type="np").images
+    difference = abs(result.images["base"].astype(float) - 255 * theirs)
+    assert difference.mean() < 1 and difference.max() < 8
