@@ -30,6 +30,7 @@ from rewardiv.pipelines import read_checker
 from rewardiv.prompts import PromptCheck
 from rewardiv.registry import CHECKPOINTS, Entry, find_model, find_reward
 from rewardiv.rewards import Reward, load_reward
+from rewardiv.rewards.clip import PREFIX, clip_source
 from rewardiv.safety import ABSENT, OFF, ON, SafetyChecker, SafetyReport, public_host
 from rewardiv.sampling import Step, clock_of, initial_noise, make_scheduler, sample
 
@@ -257,6 +258,8 @@ def check(config: SampleConfig) -> None:
     for entry in entries(config):
         if entry.path is not None:
             hub.local_paths(entry)
+        elif entry.name.startswith(PREFIX):
+            hub.local_path(clip_source(entry.name))
     model = find_model(config.model)
     for lora, _ in find_loras(config.lora) if _needs_lora(config) else ():
         if lora.model and lora.model != model.name:

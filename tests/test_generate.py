@@ -294,3 +294,10 @@ def test_released_rewards_are_freed_and_loaded_again_when_used() -> None:
     gc.collect()
     assert reward() is None and engine.release_rewards() == []
     assert engine.reward("vivid").name == "vivid"
+
+
+def test_an_open_clip_reward_that_is_not_here_is_said_before_anything_is_loaded() -> None:
+    engine = Engine()
+    with pytest.raises(UserError, match="isn't on this machine"):
+        generate(engine, SampleConfig(rewards=("clip:ViT-B-32:laion2b_s34b_b79k",)))
+    assert not engine._loaded

@@ -222,7 +222,8 @@ def read_study(folder: str | Path) -> Study:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no study that can be read ({error}); build one with: rewardiv study build") from error
+        raise UserError(f"{folder} holds no study that can be read ({error}); build one with: python -m rewardiv study "
+                        "build") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path} is no study; build one with: rewardiv study build")
+        raise UserError(f"{path} is no study; build one with: python -m rewardiv study build")
     return Study.from_dict(found)
