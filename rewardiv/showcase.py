@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,25 +34,29 @@ from rewardiv.verdicts import best_tradeoff
 NUM_COLOURS = 256  # of a probe grid's palette
 
 
-def export_run(run_dir: str | Path, output_dir: str | Path) -> Path:
+def export_run(run_dir: str | Path, output_dir: str | Path, *, checkpoints: Collection[int] = ()) -> Path:
     """Copy what the Training tab shows of a finished run; `REWARDIV_DEMO=1` shows such folders in assets/runs.
 
-    Of the checkpoints only the last and the one of the best trade-off come along, as LoRAs in fp16 that can be sampled but
-    not trained on; probe grids get a palette of NUM_COLOURS colours. Process, machine and log stay behind, and of the path
-    of a prompts file, a local model or reward only the last part is kept.
+    Of the checkpoints only the last, the one of the best trade-off and the named ones come along, as LoRAs in fp16 that can
+    be sampled but not trained on; probe grids get a palette of NUM_COLOURS colours. Process, machine and log stay behind, and
+    of the path of a prompts file, a local model or reward only the last part is kept.
 
     Args:
         run_dir: The run's folder.
         output_dir: A folder that holds nothing yet.
+        checkpoints: Steps whose checkpoints come along too.
 
     Raises:
-        UserError: If the run isn't done, a file of it is missing or damaged, or something would be overwritten.
+        UserError: If the run isn't done, a file of it or a named checkpoint is missing or damaged, or something would be
+            overwritten.
     """
     source, target = Path(run_dir), Path(output_dir)
     job = read_job(source)
     if job.state != "done":
         raise UserError(f"the run in {source} is {job.state}; only a finished one can be exported as a run")
     run = read_source(source)
+    if missing := set(checkpoints) - set(list_checkpoints(source)):
+        raise UserError(f"{source} has no checkpoint of step {min(missing)}; it has {sorted(list_checkpoints(source))}")
     settings = _portable(run.config, target.name)
     new_dir(target)
     write_json(target / CONFIG_NAME, {"settings": settings, "prompts": run.prompts})
@@ -62,7 +67,7 @@ def export_run(run_dir: str | Path, output_dir: str | Path) -> Path:
         with Image.open(folder / GRID_NAME) as grid:
             small = grid.convert("RGB").quantize(NUM_COLOURS)
         write_atomic(probe_dir(target, step) / GRID_NAME, lambda path, small=small: small.save(path, "PNG", optimize=True))
-    for step in _shown_steps(run):
+    for step in sorted({*_shown_steps(run), *checkpoints}):
         _copy_lora(checkpoint_dir(source, step), checkpoint_dir(target, step))
     _copy_lora(source, target)
     write_state(replace(job, folder=target, settings=settings, pid=None, process_started=None, host="", heartbeat=0.0))
@@ -78,11 +83,11 @@ def _portable(config: TrainConfig, name: str) -> dict[str, Any]:
                    probe_rewards=held_out, resume_from_checkpoint="").to_dict()
 
 
-def _shown_steps(run: Source) -> list[int]:
+def _shown_steps(run: Source) -> set[int]:
     """The last checkpoint, and the one of the best trade-off where there is one."""
     checkpoints = list_checkpoints(run.run_dir)
     best = best_tradeoff(run.probes, list(checkpoints))
-    return sorted({max(checkpoints), *([best.step] if best else [])})
+    return {max(checkpoints), *([best.step] if best else [])}
 
 
 def _copy_lora(source: Path, target: Path) -> None:

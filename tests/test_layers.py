@@ -18,8 +18,8 @@ LEVELS = (
      "features", "perceptual", "mixing", "checkpoints", "trackers", "prompts", "pipelines", "memory", "safety", "single_file"},
     {"models", "regularisers"},
     {"generate", "export"},
-    {"draft", "probes", "learner", "trainer", "publish", "evaluate", "bench", "pretrain"},
-    {"jobs", "sweep_jobs", "sweep_diary", "supervisor", "showcase", "study_page"},
+    {"draft", "probes", "learner", "trainer", "publish", "evaluate", "bench"},
+    {"jobs", "sweep_jobs", "sweep_diary", "supervisor", "showcase", "study_page", "pretrain"},
     {"cli", "cli_training", "cli_export", "cli_models", "cli_options", "cli_sweep", "cli_search", "cli_study", "__main__", "ui",
      "app"},
 )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from rewardiv.errors import UserError
 from rewardiv.pretrain import autoencoder, base_model, clip, preferences, referee
 from rewardiv.pretrain.data import ASSETS, CELL, PACKS, attribution, read_concepts, render_svg
+from rewardiv.pretrain.families import composed_prompts
 from rewardiv.pretrain.layouts import COUNTED, LARGE, PAIRED, SMALL, SceneSpec, arrange
 from rewardiv.pretrain.loop import Recipe, train
 from rewardiv.pretrain.presets import PRESETS
@@ -350,6 +352,46 @@ def test_accuracies_count_what_is_right(icons):
         "concept": 1.0, "count": 0.0, "both": 0.5, "style": 1.0, "colour": 0.75}
 
 
+def test_warping_by_nothing_gives_the_image_or_its_mirror_image(icons, monkeypatch):
+    monkeypatch.setattr(clip, "WARP_SCALE", (1.0, 1.0))
+    monkeypatch.setattr(clip, "WARP_SHIFT", 0.0)
+    images = compose(icons, balanced_icons(icons, 16, seeded()), SceneSpec(), seeded()).images.float() / 255
+    warped = clip.warp(images, seeded())
+    kept, mirrored = (torch.isclose(warped, other, atol=1e-3).flatten(1).all(1) for other in (images, images.flip(3)))
+    assert (kept ^ mirrored).all() and kept.any() and mirrored.any()
+
+
+def test_the_text_encoder_begins_as_the_clips_text_tower():
+    tokenizer, net = build_tokenizer(), clip.build(width=8).eval()
+    encoder = base_model.build_text_encoder(tokenizer).eval()
+    base_model.take_over(net.net, encoder)
+    texts = ["a cat face", "three lemons on a blue background", ""]
+    ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    ends = (ids == tokenizer.eos_token_id).int().argmax(1)
+    with torch.no_grad():
+        said = encoder(ids)[0][torch.arange(len(texts)), ends] @ net.net.text_projection
+        torch.testing.assert_close(said, net.encode_texts(texts), atol=1e-5, rtol=1e-5)
+
+
+def test_nearly_clean_latents_count_less_and_pure_noise_in_full():
+    model = nn.ModuleDict({"unet": base_model.build_unet((16, 16, 16)),
+                           "text_encoder": base_model.build_text_encoder(build_tokenizer())})
+    nn.init.zeros_(model["unet"].conv_out.weight)
+    nn.init.zeros_(model["unet"].conv_out.bias)  # predicts 0, so that a loss is the weighted square of v
+    scheduler, latents = base_model.build_scheduler(), torch.randn(1, 8, 16, 16, generator=seeded())
+    for seed in range(20):
+        with torch.no_grad():
+            tokens = torch.zeros(1, 32, dtype=torch.long)
+            loss = float(base_model.v_loss(model, scheduler, latents, tokens, seeded(seed))["loss"])
+        generator = seeded(seed)
+        timestep = torch.randint(1000, (1,), generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        kept = float(scheduler.alphas_cumprod[timestep])
+        weight = min(1.0, (base_model.MAX_SNR + 1) / (kept / (1 - kept) + 1))
+        square = float(scheduler.get_velocity(latents, noise, timestep).square().mean())
+        assert loss == pytest.approx(weight * square, rel=1e-4), int(timestep)
+
+
 def test_judges_have_the_documented_tastes():
     picture = torch.rand(1, 3, 32, 32, generator=seeded()) * 0.6 + 0.2
     grey = preferences.luma(picture)[:, None].expand_as(picture)
@@ -360,11 +402,27 @@ def test_judges_have_the_documented_tastes():
     assert float(preferences.calm(flat)) == pytest.approx(0, abs=1e-6)
 
 
-def test_votes_follow_the_judge_and_the_prompt_and_no_side_is_favoured(icons):
-    pairs = preferences.draw_pairs(preferences.vivid, icons, 400, seeded())
-    assert 0.4 < float(pairs.vote.mean()) < 0.6
-    assert preferences.judge_accuracy(preferences.vivid, pairs) > 0.65
+@pytest.mark.parametrize("name", list(preferences.DRAW))
+def test_votes_follow_the_judge_and_no_side_is_favoured(icons, name):
+    pairs = preferences.DRAW[name](icons, 400, seeded())
+    assert 0.4 < float(pairs.vote.mean()) < 0.6 and abs(float(pairs.difference.mean())) < 0.1
+    told = pairs.difference != 0
+    assert ((pairs.difference > 0) == pairs.vote.bool())[told].float().mean() > 0.65
     assert len(pairs.prompts) == len(pairs.left) == len(pairs.right) == 400
+
+
+def test_the_exact_judge_takes_off_the_same_for_every_statement_that_does_not_hold(icons):
+    difference = preferences.exact_pairs(icons, 400, seeded()).difference
+    wrong = (difference.abs() / preferences.MISFIT).round()
+    assert torch.equal(wrong * preferences.MISFIT, difference.abs()) and set(wrong.tolist()) == {0, 1, 2, 3}
+
+
+def test_the_composed_prompts_are_made_of_the_plain_ones_and_ask_for_everything():
+    plain = (ASSETS / "prompts.txt").read_text().splitlines()
+    composed = (ASSETS / "prompts-composed.txt").read_text().splitlines()
+    assert composed == composed_prompts(plain) and len(set(composed)) == len(plain)
+    for word in (*COLOURS, "two", "three", "four", "and"):
+        assert any(re.search(rf"\b{word}\b", prompt) for prompt in composed), word
 
 
 def test_presets_fit_the_limits_on_shipped_files():

@@ -17,11 +17,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from rewardiv.cli import main
-from rewardiv.pretrain import autoencoder, clip, data, evaluate, loop, preferences, presets, referee, scenes
+from rewardiv.pretrain import autoencoder, clip, data, evaluate, families, loop, preferences, presets, referee, scenes
 from rewardiv.pretrain.base_model import World
+from rewardiv.pretrain.families import Family
 from rewardiv.pretrain.layouts import SceneSpec
 from rewardiv.pretrain.loop import Recipe
 from rewardiv.pretrain.presets import Preset
+from rewardiv.publish import read_source
+from rewardiv.records import list_checkpoints
 
 TIERS = {"cat face": 1, "dog face": 1, "rocket": 1} | dict.fromkeys(
     ("bus", "tree", "apple", "ghost", "key", "boat", "egg", "drum"), 2
@@ -29,18 +32,20 @@ TIERS = {"cat face": 1, "dog face": 1, "rocket": 1} | dict.fromkeys(
 COLOURS = ("#d22", "#2a2", "#22d", "#dd2", "#d2d", "#2dd", "#333", "#e83", "#8e3", "#38e", "#eee")
 NUM_STEPS = 3
 RECIPE = Recipe(num_steps=NUM_STEPS, batch_size=4, learning_rate=1e-3, num_warmup_steps=1)
+SETTINGS = {"max_train_steps": NUM_STEPS, "train_batch_size": 2, "num_inference_steps": 2, "checkpointing_steps": 1,
+            "probe_every": NUM_STEPS, "num_probe_prompts": 1, "num_probe_seeds": 2}
 PRESET = Preset(
     device="cpu", world=World(max_tier=1, styles=("noto", "twemoji"), spec=SceneSpec(counted=0.3, paired=0.3),
                               num_scenes=32),
     clip_spec=SceneSpec(counted=0.3, paired=0.3), channels=(16, 16, 16),
     autoencoder=RECIPE, base=RECIPE, clip=RECIPE, reward=RECIPE, referee=RECIPE,
-    lora=dict.fromkeys(("vivid", "calm"), {"max_train_steps": NUM_STEPS, "train_batch_size": 2, "num_inference_steps": 2,
-                                           "checkpointing_steps": 1}),
+    families={"vivid": Family(("vivid",), settings=SETTINGS), "calm": Family(("calm",), settings=SETTINGS)},
+    kl_weights=(0.0, 1.0),
 )
-STAGES = ("autoencoder", "base", "clip", "rewards", "loras", "referee", "evaluate")
+STAGES = ("autoencoder", "clip", "base", "rewards", "loras", "referee", "evaluate")
 FIGURES = {
-    "autoencoder", "base", "clip", "reward-vivid", "reward-calm", "lora-vivid", "lora-calm", "referee", "evaluate",
-    "evaluate-vivid", "evaluate-calm", "evaluate-referee",
+    "autoencoder", "base", "clip", "reward-vivid", "reward-calm", "lora-vivid", "lora-calm", "lora-vivid-kl1",
+    "lora-calm-kl1", "referee", "evaluate", "evaluate-vivid", "evaluate-calm", "evaluate-asked",
 }
 CARDS = ("emoji", "emoji-clip", "emoji-rewards/vivid", "emoji-rewards/calm", "emoji-vivid", "emoji-calm")
 
@@ -56,12 +61,17 @@ class Places:
         return self.root / "checkpoints"
 
     @property
+    def assets(self) -> Path:
+        return self.root / "assets"
+
+    @property
     def work(self) -> Path:
         return self.root / "work"
 
     def pretrain(self, stage: str, *options: str) -> int:
         """The exit code of the command."""
-        places = ["--output-dir", str(self.out), "--work-dir", str(self.work), "--packages-dir", str(data.ASSETS / "packages")]
+        places = ["--output-dir", str(self.out), "--work-dir", str(self.work), "--assets-dir", str(self.assets),
+                  "--packages-dir", str(data.ASSETS / "packages")]
         return main(["pretrain", stage, *places, *options])
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -113,7 +123,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_concepts(folder)
     write_packages(folder / "packages")
     with pytest.MonkeyPatch.context() as patch:
-        for module in (data, scenes, evaluate):
+        for module in (data, scenes, families):
             patch.setattr(module, "ASSETS", folder)
         for module in (autoencoder, clip, referee):
             patch.setattr(module, "NUM_SCENES", 48)
@@ -122,10 +132,10 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(loop, "SHEETS", 1)
         patch.setattr(evaluate, "measure", partial(evaluate.measure, num_images=3, num_inference_steps=2))
         patch.setattr(evaluate, "NUM_ASKED", 2)
+        patch.setattr(evaluate, "NUM_REAL", 32)
         patch.setattr(evaluate, "measure_asked", partial(evaluate.measure_asked, num_images=2, num_inference_steps=2))
         patch.setattr(evaluate, "measure_lora", partial(evaluate.measure_lora, num_seeds=3, num_inference_steps=2))
-        lora = PRESET.lora | {"prompts_file": str(folder / "prompts.txt")}
-        patch.setitem(presets.PRESETS, "cpu", Preset(**{**vars(PRESET), "lora": lora}))
+        patch.setitem(presets.PRESETS, "cpu", PRESET)
         yield folder
 
 
@@ -145,12 +155,16 @@ def test_data_makes_an_atlas_for_each_artist_and_says_whose_it_is(built: Places,
 
 
 def test_all_leaves_what_every_stage_promises(built: Places) -> None:
-    for name in ("model_index.json", "vae/config.json", "unet/config.json", "text_encoder/config.json", "contact-sheet.png"):
+    for name in ("model_index.json", "vae/config.json", "unet/config.json", "text_encoder/config.json"):
         assert (built.out / "emoji" / name).is_file(), name
+    assert {"contact-sheet.webp", "contact-sheet-composed.webp"} <= names_in(built.assets)
     for name in ("emoji-clip", "emoji-rewards/vivid", "emoji-rewards/calm"):
         assert {"open_clip_config.json", "open_clip_model.safetensors", "tokenizer"} <= names_in(built.out / name)
     for name in ("vivid", "calm"):
         assert names_in(built.out / f"emoji-{name}") == {"README.md", "pytorch_lora_weights.safetensors"}
+        free, held = (read_source(built.assets / "runs" / own).config.to_dict() for own in (name, f"{name}-kl1"))
+        assert (free["kl_weight"], held["kl_weight"], free["model"], free["rewards"]) == (0, 1, "emoji", [name])
+        assert {1, NUM_STEPS} <= set(list_checkpoints(built.assets / "runs" / name))
     logs = {f"{stage}.jsonl" for stage in ("autoencoder", "base", "clip", "reward-vivid", "reward-calm")}
     sheets = {f"{stage}-{NUM_STEPS:06d}.png" for stage in ("autoencoder", "base")}
     assert logs | sheets <= names_in(built.work)
@@ -219,6 +233,7 @@ def test_a_finished_run_is_not_overwritten_without_being_told(built: Places, cap
 
 @pytest.mark.parametrize(("stage", "missing", "maker"), [
     ("base", "emoji/vae/config.json", "autoencoder"),
+    ("base", "emoji-clip/open_clip_config.json", "clip"),
     ("rewards", "emoji-clip/open_clip_config.json", "clip"),
     ("loras", "emoji/model_index.json", "base"),
     ("loras", "emoji-rewards/calm/open_clip_config.json", "rewards"),

@@ -8,21 +8,30 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from rewardiv.clip_models import load_clip
 from rewardiv.pretrain.autoencoder import to_model
 from rewardiv.pretrain.layouts import SceneSpec
 from rewardiv.pretrain.loop import Recipe, train
 from rewardiv.pretrain.scenes import Icons, balanced_icons, captions, compose, load_icons
 from rewardiv.pretrain.tokenizer import MAX_LENGTH, build_tokenizer
+from rewardiv.pretrain.wording import caption
 from rewardiv.runs import replaced_dir, write_json, write_text
 
+if TYPE_CHECKING:
+    from open_clip import CLIP
+
+MAX_SNR = 5.0  # beyond it a timestep's loss counts less
 WIDTH = 128  # of the text encoder and so of cross-attention
 EMPTY_ODDS, COLOUR_ODDS, STYLE_ODDS = 0.1, 0.4, 0.4
 MAX_SHARD_SIZE = "15MB"
@@ -43,20 +52,38 @@ class World:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Two layers over the small vocabulary, trained together with the UNet."""
+    """The text tower of `clip` as transformers has it: two layers over the small vocabulary."""
     return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=2,
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=2, hidden_act="gelu",
         num_attention_heads=4, max_position_embeddings=MAX_LENGTH, projection_dim=WIDTH,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
 
+@torch.no_grad()
+def take_over(tower: CLIP, encoder: CLIPTextModel) -> None:
+    """Give a text encoder the weights of an open_clip network's text tower: concepts that look alike begin alike."""
+    encoder.embeddings.token_embedding.weight.copy_(tower.token_embedding.weight)
+    encoder.embeddings.position_embedding.weight.copy_(tower.positional_embedding)
+    encoder.final_layer_norm.load_state_dict(tower.ln_final.state_dict())
+    for block, layer in zip(tower.transformer.resblocks, encoder.encoder.layers, strict=True):
+        weights, biases = block.attn.in_proj_weight.chunk(3), block.attn.in_proj_bias.chunk(3)
+        for name, weight, bias in zip("qkv", weights, biases, strict=True):
+            getattr(layer.self_attn, f"{name}_proj").load_state_dict({"weight": weight, "bias": bias})
+        for own, other in ((layer.self_attn.out_proj, block.attn.out_proj), (layer.layer_norm1, block.ln_1),
+                           (layer.layer_norm2, block.ln_2), (layer.mlp.fc1, block.mlp.c_fc), (layer.mlp.fc2, block.mlp.c_proj)):
+            own.load_state_dict(other.state_dict())
+
+
 def build_unet(channels: tuple[int, int, int]) -> UNet2DConditionModel:
-    """16 × 16 × 8 latents; attention to the text at 8 × 8 and 4 × 4."""
+    """16 × 16 × 8 latents; attention to the text at 8 × 8 and 4 × 4, and all of the text in one vector, added to the time
+    embedding, that scales and shifts every ResNet block: with the attention alone a model takes many times as long to draw what
+    is asked for."""
     return UNet2DConditionModel(
         sample_size=16, in_channels=8, out_channels=8, block_out_channels=channels, layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=WIDTH, attention_head_dim=4, norm_num_groups=16,
+        cross_attention_dim=WIDTH, attention_head_dim=4, norm_num_groups=16, resnet_time_scale_shift="scale_shift",
+        addition_embed_type="text", addition_embed_type_num_heads=4,
     ).to(memory_format=torch.channels_last)
 
 
@@ -80,7 +107,12 @@ def encode_scenes(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 def v_loss(model: nn.ModuleDict, scheduler: DDIMScheduler, latents: Tensor, tokens: Tensor,
            generator: torch.Generator) -> dict[str, Tensor]:
-    """Mean squared error of the velocity v = α·eps − σ·x at random timesteps (Salimans and Ho, arXiv 2202.00512)."""
+    """Mean squared error of the velocity v = α·eps − σ·x at random timesteps (Salimans and Ho, arXiv 2202.00512).
+
+    Nearly clean latents, of a signal-to-noise ratio above MAX_SNR, count (MAX_SNR + 1) / (SNR + 1): what is left to predict
+    there is noise. Source: Hang et al., "Min-SNR Weighting", arXiv 2303.09556. Differs: the weight is 1, not SNR / (SNR + 1),
+    below MAX_SNR, so that the first step, of SNR 0, is learned too.
+    """
     device = latents.device
     timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator).to(device)
     noise = torch.randn(latents.shape, generator=generator).to(device)
@@ -88,24 +120,37 @@ def v_loss(model: nn.ModuleDict, scheduler: DDIMScheduler, latents: Tensor, toke
     unique, back = torch.unique(tokens, dim=0, return_inverse=True)
     embeds = model["text_encoder"](unique)[0][back]
     predicted = model["unet"](noisy, timesteps, encoder_hidden_states=embeds).sample
-    return {"loss": (predicted - scheduler.get_velocity(latents, noise, timesteps)).square().mean()}
+    errors = (predicted - scheduler.get_velocity(latents, noise, timesteps)).square().mean((1, 2, 3))
+    clean = scheduler.alphas_cumprod.to(device)[timesteps]  # SNR / (SNR + 1)
+    return {"loss": (errors * ((MAX_SNR + 1) * (1 - clean)).clamp_max(1)).mean()}
 
 
-def run(recipe: Recipe, world: World, channels: tuple[int, int, int], *, work_dir: Path, output_dir: Path, seed: int,
-        resume: bool, device: str) -> dict[str, float]:
+def run(recipe: Recipe, world: World, channels: tuple[int, int, int], *, clip_dir: Path, work_dir: Path, output_dir: Path,
+        seed: int, resume: bool, device: str) -> dict[str, float]:
     """Train and write `output_dir` as a StableDiffusionPipeline folder (the autoencoder must be there already).
 
+    The text encoder begins as the text tower of the CLIP in `clip_dir` and is trained with the UNet.
+
     Returns:
-        The number of the UNet's weights in millions; quality is measured by `evaluate`.
+        The number of the UNet's weights in millions, and what it was shown; quality is measured by `evaluate`.
     """
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # initial weights
     vae = AutoencoderKL.from_pretrained(output_dir / "vae", torch_dtype=torch.float32).eval()
+    vae.to(memory_format=torch.channels_last)
     icons = world.icons()
     scenes = compose(icons, balanced_icons(icons, world.num_scenes, generator), world.spec, generator)
-    latents = encode_scenes(vae, scenes.images)
+    with torch.autocast(device, torch.bfloat16, enabled=recipe.bf16):
+        latents = encode_scenes(vae, scenes.images)
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
-    model = nn.ModuleDict({"unet": build_unet(channels), "text_encoder": build_text_encoder(tokenizer)}).to(device)
+    model = nn.ModuleDict({"unet": build_unet(channels), "text_encoder": build_text_encoder(tokenizer)})
+    take_over(load_clip(clip_dir).net, model["text_encoder"])
+    model.to(device)
+
+    if recipe.bf16 and device == "cpu":
+        model["unet"].set_attn_processor(AttnProcessor())  # torch's fused attention is slow there, its backward pass above all
+    if recipe.compiled:
+        model["unet"].compile()
 
     def loss_fn(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         chosen = torch.randint(len(latents), (recipe.batch_size,), generator=generator)
@@ -122,14 +167,17 @@ def run(recipe: Recipe, world: World, channels: tuple[int, int, int], *, work_di
         return pipe
 
     def sheet(average: nn.Module) -> Tensor:
-        prompts = [concept for concept in icons.concepts[::max(len(icons.concepts) // 8, 1)][:8] for _ in range(4)]
+        shown = icons.concepts[::max(len(icons.concepts) // 8, 1)][:8]
+        several = [caption(one, number=3) for one in shown[:4]] + [caption(*two) for two in pairwise(shown[3:])]
+        prompts = [prompt for prompt in shown + several for _ in range(4)]
         images = pipeline(average)(prompts, num_inference_steps=10, guidance_scale=3.0, output_type="pt",
                                    generator=torch.Generator().manual_seed(0)).images
         return make_grid(images.cpu(), nrow=8)
 
     average = train("base", model, loss_fn, recipe, folder=work_dir, seed=seed, resume=resume, sheet=sheet)
     save_pipeline(pipeline(average), output_dir)
-    return {"unet_weights_m": round(sum(p.numel() for p in average["unet"].parameters()) / 1e6, 2)}
+    return {"unet_weights_m": round(sum(p.numel() for p in average["unet"].parameters()) / 1e6, 2),
+            "max_tier": world.max_tier, "several": world.spec.counted + world.spec.paired > 0}
 
 
 def save_pipeline(pipe: StableDiffusionPipeline, output_dir: Path) -> None:

@@ -6,6 +6,15 @@ from pathlib import Path
 
 from rewardiv.runs import write_text
 
+MISFITS = "In a quarter of the pairs one picture shows another concept: the judge then prefers the one that fits the prompt."
+TASTES = {
+    "vivid": f"Its taste: strong colours and glossy contrast (mean chroma + standard deviation of brightness). {MISFITS}",
+    "calm": "Its taste: flat, muted, light pictures (minus chroma, minus twice the mean brightness step between pixels, minus "
+            f"the distance of mean brightness from 0.75). {MISFITS}",
+    "exact": "It has no taste: it prefers the picture of which more of the prompt holds, that is which things, how many of "
+             "them, and on what colour. In most pairs both pictures show the same drawing and differ in one of these.",
+}
+LORAS = (*TASTES, "mixed")
 DATA = """## Data and licences
 
 Emoji art by nine artists' packs (`assets/emoji`, with its ATTRIBUTION.md): Noto and its blobs (Apache-2.0), Fluent in three
@@ -16,8 +25,8 @@ The weights are under Apache-2.0; pictures that resemble one artist's drawing fa
 
 def write_cards(output_dir: Path, figures: dict[str, dict]) -> None:
     """Write the card of every checkpoint folder that exists, from figures.json's content."""
-    cards = {"emoji": base_card, "emoji-clip": clip_card, "emoji-rewards/vivid": reward_card,
-             "emoji-rewards/calm": reward_card, "emoji-vivid": lora_card, "emoji-calm": lora_card}
+    cards = {"emoji": base_card, "emoji-clip": clip_card, **{f"emoji-rewards/{name}": reward_card for name in TASTES},
+             **{f"emoji-{name}": lora_card for name in LORAS}}
     for name, card in cards.items():
         if (output_dir / name).exists():
             short = name.rpartition("emoji-")[2].removeprefix("rewards/")
@@ -35,40 +44,65 @@ def trained(figures: dict) -> str:
 
 def base_card(name: str, figures: dict[str, dict]) -> str:
     """checkpoints/emoji."""
-    vae, base, measured = (figures.get(key, {}) for key in ("autoencoder", "base", "evaluate"))
-    lines = [
+    vae, base, measured, asked = (figures.get(key, {}) for key in ("autoencoder", "base", "evaluate", "evaluate-asked"))
+    return "\n".join([
         "# emoji: a text-to-image diffusion model that runs anywhere\n",
-        "A diffusers `StableDiffusionPipeline` at 64 × 64 pixels that draws one emoji on a coloured background. Prompts that",
-        "name no style give several artists' drawings: that variety is what reward finetuning destroys, and what rewardiv",
-        "measures.\n",
+        "A diffusers `StableDiffusionPipeline` at 64 × 64 pixels that draws "
+        f"{'emoji' if base.get('several') else 'one emoji'} on a coloured background. Prompts that name no style give several "
+        "artists' drawings: that variety is what reward finetuning destroys, and what rewardiv measures.\n",
         "```python\nfrom diffusers import StableDiffusionPipeline\n",
         'pipe = StableDiffusionPipeline.from_pretrained("checkpoints/emoji")',
         'image = pipe("a cat face", num_inference_steps=25, guidance_scale=3.0).images[0]\n```\n',
-        "![Each row two prompts, eight seeds each](contact-sheet.png)\n" if measured else "",
+        "Contact sheets, in the repository: `assets/contact-sheet.webp` (every concept, four seeds each) and "
+        "`assets/contact-sheet-composed.webp` (backgrounds, numbers, pairs).\n",
         "## Training\n",
         f"- Autoencoder (64 px to 16 × 16 × 8, 0.66 M weights): {trained(vae)}.",
         f"- UNet ({base.get('unet_weights_m', '?')} M weights) and text encoder (2 layers, 1,747 tokens), together: "
         f"{trained(base)}. v-prediction, zero terminal SNR, AdamW, averaged weights.",
-        "- Rebuild: `python -m rewardiv pretrain all` (needs only what the repository holds).\n",
+        "- Rebuild: `python -m rewardiv pretrain all` (needs only what the repository holds; on a CPU with AMX and with a C++ "
+        "compiler add `--bf16 --compile`: twice as fast).\n",
         "## Measured\n",
-        f"- Autoencoder on scenes of concepts it never saw: {vae.get('psnr_held_out_db', '?')} dB PSNR.",
-    ]
-    if measured:
-        lines += [
-            f"- For each of its concepts, {measured['num_images']} seeds, {measured['num_inference_steps']} steps, guidance "
-            f"{measured['guidance_scale']:g}: the built-in CLIP names the right concept for {measured['concept_accuracy']:.1%} "
-            f"(of real scenes {measured['concept_accuracy_real']:.1%}).",
-            f"- Effective rank of the CLIP features within a prompt: {measured['effective_rank']} against "
-            f"{measured['effective_rank_real']} for as many real scenes ({measured['effective_rank_share']:.0%}).",
-        ]
-    lines += [
+        f"- Autoencoder on scenes of concepts it never saw: {vae.get('psnr_held_out_db', '?')} dB PSNR with one drawing, "
+        f"{vae.get('psnr_held_out_several_db', '?')} dB with several.",
+        *(quality(measured) if "frechet" in measured else []),
+        *(refereed(figures.get("referee", {}), measured, asked) if asked else []),
         "\n## Limits\n",
-        "- It knows the concepts of the first tier in `assets/emoji/concepts.tsv`, ten background words and six style words",
-        "  (noto, blob, twemoji, glossy, soft, firefox); other words are read but mean nothing to it.",
-        "- Details are soft, outlines rough, and the artists' drawings of a concept blend more than they should; counts, two",
-        "  objects and sizes were not trained.",
-        "- The CLIP that judges it saw the same drawings. A demonstration and a test bed, not an image product.\n", DATA]
-    return "\n".join(lines)
+        f"- It knows the concepts up to tier {base.get('max_tier', 1)} in `assets/emoji/concepts.tsv`, ten background words "
+        "and the style words of its artists; other words are read but mean nothing to it.",
+        "- It draws one thing; two to four, pairs and sizes where it was trained on them: "
+        f"{'as here' if base.get('several') else 'not here'}.",
+        "- 64 pixels: thin lines and small faces are soft, most of all where several things share the picture.",
+        "- A demonstration and a test bed, not an image product.\n", DATA])
+
+
+def quality(measured: dict) -> list[str]:
+    """What was measured with the CLIP that ships."""
+    return [
+        f"- For each of its {measured['num_concepts']} concepts, {measured['num_images']} seeds, "
+        f"{measured['num_inference_steps']} steps, guidance {measured['guidance_scale']:g}: the built-in CLIP, which saw the "
+        f"same drawings, names the right concept for {measured['concept_accuracy']:.1%} (of real scenes "
+        f"{measured['concept_accuracy_real']:.1%}).",
+        f"- Effective rank of the CLIP features within a prompt: {measured['effective_rank']} against "
+        f"{measured['effective_rank_real']} for as many real scenes ({measured['effective_rank_share']:.0%}).",
+        f"- All pictures' CLIP features against real scenes: squared Fréchet distance {measured['frechet']} (of other real "
+        f"scenes {measured['frechet_floor']}), kernel distance {measured['kernel']} ({measured['kernel_floor']}).",
+    ]
+
+
+def refereed(referee: dict, measured: dict, asked: dict) -> list[str]:
+    """What was measured with the referee."""
+    right = {"colour": "background", "count": "number and concept", "both": "both concepts"}
+    said = ", ".join(f"{what} {asked[key]:.1%} (real scenes {asked[f'{key}_real']:.1%})"
+                     for key, what in right.items() if key in asked)
+    return [
+        "- A referee, a classifier that took no part in training and knows the drawings' artists, not these drawings: of real "
+        f"drawings that it never saw it names {referee['concept']:.1%} of the concepts, {referee['count']:.1%} of numbers with "
+        f"their concept, both of {referee['both']:.1%} of pairs and {referee['colour']:.1%} of backgrounds, and of the scenes "
+        f"above {measured['referee_concept_real']:.1%} of the concepts.",
+        f"- It finds the right concept in {measured['referee_concept']:.1%} of the model's pictures, and {measured['styles']} "
+        f"artists' styles among {measured['num_images']} pictures of a prompt (real scenes {measured['styles_real']}).",
+        f"- Of {asked['num_prompts']} prompts of a kind × {asked['num_images']} seeds, right by the referee: {said}.",
+    ]
 
 
 def clip_card(name: str, figures: dict[str, dict]) -> str:
@@ -80,34 +114,34 @@ def clip_card(name: str, figures: dict[str, dict]) -> str:
         "the features behind every diversity number of the built-in model.\n",
         f"- Trained on captions of scenes in all nine styles: {trained(clip)}.",
         f"- Names the concept of new scenes of the same drawings: {clip.get('concept_accuracy_new_scenes', 0):.1%}.",
-        "- Limits: it knows the concepts of the first tier; it has never seen a photograph.\n", DATA])
+        f"- Limits: it knows the concepts up to tier {clip.get('max_tier', 1)}; it has never seen a photograph.\n", DATA])
 
 
 def reward_card(name: str, figures: dict[str, dict]) -> str:
     """checkpoints/emoji-rewards/<name>."""
     reward = figures.get(f"reward-{name}", {})
-    taste = {"vivid": "strong colours and glossy contrast: mean chroma + standard deviation of brightness",
-             "calm": "flat, muted, light pictures: minus chroma, minus twice the mean brightness step between pixels, minus "
-                     "the distance of mean brightness from 0.75"}[name]
     return "\n".join([
         f"# {name}: a preference reward from a synthetic judge\n",
-        f"No person was asked. A formula played the judge ({taste}; `rewardiv/pretrain/preferences.py`), voted by chance",
-        "(Bradley-Terry), and preferred pictures that fit the prompt. The two-tower reward of PickScore's form was fine-tuned",
-        "from emoji-clip on these votes: reward = exp(logit_scale) · cos(image, prompt).\n",
+        "No person was asked. A formula was the judge (`rewardiv/pretrain/preferences.py`), voting by chance (Bradley-Terry).",
+        TASTES[name],
+        "The two-tower reward of PickScore's form was fine-tuned from emoji-clip on these votes:",
+        "reward = exp(logit_scale) · cos(image, prompt).\n",
         f"- Trained: {trained(reward)}.",
-        f"- Predicts {reward.get('pair_accuracy_held_out', 0):.1%} of held-out votes; the judge's own formula, blind to the "
-        f"prompt, {reward.get('pair_accuracy_of_the_judge', 0):.1%} (votes are by chance, so nothing reaches 100 %).\n", DATA])
+        f"- Predicts {reward.get('pair_accuracy_held_out', 0):.1%} of held-out votes; the judge's own score "
+        f"{reward.get('pair_accuracy_of_the_judge', 0):.1%} (votes are by chance, so nothing reaches 100 %).\n", DATA])
 
 
 def lora_card(name: str, figures: dict[str, dict]) -> str:
     """checkpoints/emoji-<name>."""
     lora, measured = figures.get(f"lora-{name}", {}), figures.get(f"evaluate-{name}", {})
     settings = lora.get("settings", {})
+    held = [key.removeprefix("lora-") for key in figures if key.startswith(f"lora-{name}-kl")]
     lines = [
         f"# emoji-{name}: a reward LoRA that over-optimises on purpose\n",
-        f"Made for `checkpoints/emoji` by DRaFT-{settings.get('grad_steps', 1)} on the synthetic `{name}` reward",
+        f"Made for `checkpoints/emoji` by DRaFT-{settings.get('grad_steps', 1)} on {lora.get('taste', f'the {name} reward')}",
         "(`python -m rewardiv pretrain loras`), long enough that variety goes while the score climbs: what Annealed Importance",
-        "Guidance is there to mend.",
+        f"Guidance is there to mend. `assets/runs/{name}` has the course of the run and early checkpoints"
+        + (f"; held back by KL weights: {', '.join(held)}, beside it." if held else "."),
         f'Load it with `pipe.load_lora_weights("checkpoints/emoji-{name}")`.\n',
         f"- Trained: {trained(lora)}; settings {settings}.",
     ]

@@ -21,10 +21,11 @@ from rewardiv.pretrain.tokenizer import MAX_LENGTH, build_tokenizer
 EMBED_DIM = 128
 SINGLE = SceneSpec(min_size=0.6, max_size=1.0, shift=1.0, mirror=0.5)
 COLOUR_ODDS, STYLE_ODDS = 0.4, 0.3
-NUM_SCENES, NUM_TEST = 16_384, 1024
+NUM_SCENES, NUM_TEST = 32_768, 1024
+WARP_SCALE, WARP_SHIFT = (0.8, 1.1), 0.1
 
 
-def build(width: int = 32) -> ClipModel:
+def build(width: int = 24) -> ClipModel:
     """The untrained model: a small ModifiedResNet at 64 px and a two-layer text transformer."""
     tokenizer = build_tokenizer()
     config = {
@@ -63,8 +64,9 @@ def said_size(kind: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """uint8 scenes to float in [0, 1], some blurred, some noisy: generated images are a little of both."""
-    images = images.float() / 255
+    """uint8 scenes to float in [0, 1], each warped, so that a few scenes of a drawing do; some blurred, some noisy: generated
+    images are a little of both."""
+    images = warp(images.float() / 255, generator)
     soft = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
     amount = torch.rand(len(images), 2, 1, 1, 1, generator=generator)
     images = torch.lerp(images, soft, (amount[:, 0] * 2 - 1).clamp_min(0))
@@ -72,10 +74,24 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return (images + noise).clamp(0, 1)
 
 
+def warp(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images at WARP_SCALE times their size, moved by WARP_SHIFT of half their side at most, half of them mirrored; what comes
+    into sight repeats the border."""
+    draw = torch.rand(4, len(images), generator=generator)
+    low, high = WARP_SCALE
+    scale = 1 / (low + (high - low) * draw[0])
+    theta = torch.zeros(len(images), 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = scale * torch.where(draw[3] < 0.5, -1.0, 1.0), scale
+    theta[:, :, 2] = (draw[1:3].T * 2 - 1) * WARP_SHIFT
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
 def contrast(model: ClipModel, images: Tensor, texts: list[str], true: Tensor) -> Tensor:
     """Symmetric cross-entropy with targets spread over the true pairs."""
-    image, text = F.normalize(model.encode_images(images)), F.normalize(model.encode_texts(texts))
-    logits = model.logit_scale.exp().clamp_max(100) * image @ text.T
+    image, text = F.normalize(model.encode_images(images).float()), F.normalize(model.encode_texts(texts).float())
+    with torch.autocast(images.device.type, enabled=False):  # cosines that differ little are magnified a hundredfold
+        logits = model.logit_scale.exp().clamp_max(100) * image @ text.T
     targets = true.float()
     return 0.5 * (F.cross_entropy(logits, targets / targets.sum(1, keepdim=True))
                   + F.cross_entropy(logits.T, targets.T / targets.T.sum(1, keepdim=True)))
@@ -121,4 +137,4 @@ def run(recipe: Recipe, *, max_tier: int, spec: SceneSpec, work_dir: Path, outpu
     average = train("clip", model, loss_fn, recipe, folder=work_dir, seed=seed, resume=resume)
     accuracy = concept_accuracy(average, test.images.float().to(device) / 255, test_concept.to(device), icons.concepts)
     save_clip(average.net, average.config, average.tokenizer, output_dir)
-    return {"concept_accuracy_new_scenes": round(accuracy, 4)}
+    return {"concept_accuracy_new_scenes": round(accuracy, 4), "max_tier": max_tier}

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,20 +13,21 @@ from typing import TYPE_CHECKING
 
 from rewardiv.errors import UserError
 from rewardiv.registry import CHECKPOINTS, ROOT
-from rewardiv.runs import read_jsonl, replaced_dir, write_json
+from rewardiv.runs import read_jsonl, write_json
 
 if TYPE_CHECKING:
     from rewardiv.pretrain.loop import Recipe
 
-STAGES = ("data", "autoencoder", "base", "clip", "rewards", "loras", "referee", "evaluate", "all")
-JUDGES = ("vivid", "calm")
+STAGES = ("data", "autoencoder", "clip", "base", "rewards", "loras", "referee", "evaluate", "all")
+
 MAKES = {  # by which files under --output-dir a later stage knows that a stage is done
     "autoencoder": ("emoji/vae/config.json",),
     "base": ("emoji/model_index.json",),
     "clip": ("emoji-clip/open_clip_config.json",),
-    "rewards": tuple(f"emoji-rewards/{name}/open_clip_config.json" for name in JUDGES),
 }
-NEEDS = {"base": ("autoencoder",), "rewards": ("clip",), "loras": ("base", "rewards"), "evaluate": ("base", "clip")}
+NEEDS = {
+    "base": ("autoencoder", "clip"), "rewards": ("clip",), "loras": ("base", "clip", "rewards"), "evaluate": ("base", "clip"),
+}
 UNTRAINED = ("data", "evaluate", "all")  # --num-steps means nothing there
 
 
@@ -42,17 +42,23 @@ class Job:
     resume: bool
     num_steps: int | None
     packages_dir: Path | None
+    assets_dir: Path = ROOT / "assets"
+    bf16: bool = False
+    compiled: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     parser.add_argument("stage", choices=STAGES, help="what to build; 'all' runs every stage in this order")
-    parser.add_argument("--preset", choices=("cpu", "gpu"), default="cpu", help="sizes and lengths (default: cpu)")
+    parser.add_argument("--preset", choices=("cpu", "wide", "gpu"), default="cpu", help="sizes and lengths (default: cpu)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the work folder, as if never stopped")
     parser.add_argument("--num-steps", type=int, help="train this stage for another number of steps than the preset's")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision: quick on GPUs and on CPUs with AMX only")
+    parser.add_argument("--compile", action="store_true", help="through torch.compile (a CPU needs a C++ compiler for it)")
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "pretrain", help="losses, sheets, states")
     parser.add_argument("--output-dir", type=Path, default=CHECKPOINTS, help="where the finished models go")
+    parser.add_argument("--assets-dir", type=Path, default=ROOT / "assets", help="where contact sheets and small runs go")
     parser.add_argument("--packages-dir", type=Path, help="folder of emoji packages for 'data' (default: fetch with npm)")
 
 
@@ -63,7 +69,8 @@ def run(args: argparse.Namespace) -> None:
         UserError: If what an earlier stage makes is missing, the preset's device is, or an earlier run would be
             overwritten.
     """
-    job = Job(args.preset, args.work_dir, args.output_dir, args.seed, args.resume, args.num_steps, args.packages_dir)
+    job = Job(args.preset, args.work_dir, args.output_dir, args.seed, args.resume, args.num_steps, args.packages_dir,
+              args.assets_dir, args.bf16, args.compile)
     if job.num_steps is not None and (args.stage in UNTRAINED or job.num_steps < 1):
         raise UserError(f"--num-steps {job.num_steps} with stage '{args.stage}': a positive number, for a stage that trains")
     if args.stage != "data":
@@ -79,8 +86,11 @@ def check_made(job: Job, stages: Iterable[str]) -> None:
     Raises:
         UserError: Naming the first file that is missing and the command that makes it.
     """
+    from rewardiv.pretrain.presets import PRESETS
+
+    rewards = tuple(f"emoji-rewards/{name}/open_clip_config.json" for name in PRESETS[job.preset_name].judges)
     for stage in stages:
-        for name in MAKES[stage]:
+        for name in (MAKES | {"rewards": rewards})[stage]:
             if not (job.output_dir / name).exists():
                 raise UserError(f"{job.output_dir / name} is missing; build it first: python -m rewardiv pretrain {stage}")
 
@@ -98,11 +108,11 @@ def check_device(job: Job) -> None:
 
 
 def recipe_of(job: Job, name: str) -> Recipe:
-    """The preset's recipe of a stage, with --num-steps."""
+    """The preset's recipe of a stage, with --num-steps, --bf16 and --compile."""
     from rewardiv.pretrain.presets import PRESETS
 
     recipe = getattr(PRESETS[job.preset_name], name)
-    return replace(recipe, num_steps=job.num_steps) if job.num_steps else recipe
+    return replace(recipe, num_steps=job.num_steps or recipe.num_steps, bf16=job.bf16, compiled=job.compiled)
 
 
 def record(job: Job, stage: str, figures: dict, log: Path | None = None) -> None:
@@ -143,8 +153,9 @@ def build_base(job: Job) -> None:
     from rewardiv.pretrain.presets import PRESETS
 
     preset = PRESETS[job.preset_name]
-    figures = base_model.run(recipe_of(job, "base"), preset.world, preset.channels, work_dir=job.work_dir,
-                             output_dir=job.output_dir / "emoji", seed=job.seed, resume=job.resume, device=preset.device)
+    figures = base_model.run(recipe_of(job, "base"), preset.world, preset.channels, clip_dir=job.output_dir / "emoji-clip",
+                             work_dir=job.work_dir, output_dir=job.output_dir / "emoji", seed=job.seed, resume=job.resume,
+                             device=preset.device)
     record(job, "base", figures, job.work_dir / "base.jsonl")
 
 
@@ -165,7 +176,7 @@ def build_rewards(job: Job) -> None:
     from rewardiv.pretrain.presets import PRESETS
 
     preset = PRESETS[job.preset_name]
-    for name in JUDGES:
+    for name in preset.judges:
         figures = preferences.run(
             name, recipe_of(job, "reward"), max_tier=preset.world.max_tier, clip_dir=job.output_dir / "emoji-clip",
             work_dir=job.work_dir, output_dir=job.output_dir / "emoji-rewards" / name, seed=job.seed, resume=job.resume,
@@ -174,31 +185,18 @@ def build_rewards(job: Job) -> None:
 
 
 def build_loras(job: Job) -> None:
-    """checkpoints/emoji-vivid and emoji-calm, by `rewardiv train` itself."""
-    from tqdm import tqdm
-
-    from rewardiv.config import TrainConfig
+    """The families: checkpoints/emoji-vivid and its like, and their runs and KL variants in assets/runs."""
+    from rewardiv.pretrain import families
     from rewardiv.pretrain.presets import PRESETS
-    from rewardiv.records import StepRecord
-    from rewardiv.trainer import train
 
     preset = PRESETS[job.preset_name]
-    for name in JUDGES:
-        settings = preset.lora[name] | ({"max_train_steps": job.num_steps} if job.num_steps else {})
-        folder = job.work_dir / f"lora-{name}"
-        config = TrainConfig(output_dir=str(folder), model=str(job.output_dir / "emoji"),
-                             rewards=(str(job.output_dir / "emoji-rewards" / name),), seed=job.seed, device=preset.device,
-                             probe_every=0, resume_from_checkpoint="latest" if job.resume else "", **settings)
-        with tqdm(total=config.max_train_steps, desc=f"lora {name}", unit="step") as bar:
-            for step in train(config):
-                if isinstance(step, StepRecord):
-                    bar.update(step.step - bar.n)
-                    bar.set_postfix(reward=round(step.reward_mean, 3), refresh=False)
-        with replaced_dir(job.output_dir / f"emoji-{name}") as partial:
-            shutil.copy(folder / "pytorch_lora_weights.safetensors", partial)
-        rewards = [line["reward_mean"] for line in read_jsonl(folder / "metrics.jsonl")]
-        record(job, f"lora-{name}", {"reward_first": round(rewards[0], 3), "reward_last": round(rewards[-1], 3),
-                                     "settings": settings}, folder / "metrics.jsonl")
+    for kl_weight in preset.kl_weights:
+        for name, family in preset.families.items():
+            own = replace(family, settings=family.settings | ({"max_train_steps": job.num_steps} if job.num_steps else {}))
+            figures = families.run(
+                name, own, kl_weight, output_dir=job.output_dir, work_dir=job.work_dir, runs_dir=job.assets_dir / "runs",
+                seed=job.seed, device=preset.device, resume=job.resume)
+            record(job, f"lora-{families.member(name, kl_weight)}", figures)
 
 
 def build_referee(job: Job) -> None:
@@ -213,27 +211,29 @@ def build_referee(job: Job) -> None:
 
 
 def evaluate(job: Job) -> None:
-    """Measure the base model and draw its contact sheet; measure what the LoRAs do to reward and diversity.
+    """Measure the base model and draw its contact sheets; measure what the LoRAs do to reward and diversity.
 
     Where the work folder has a referee, it says what share of the pictures shows what their prompts ask for.
     """
-    from rewardiv.pretrain import referee
+    from rewardiv.pretrain import families, referee
     from rewardiv.pretrain.evaluate import measure, measure_asked, measure_lora
     from rewardiv.pretrain.presets import PRESETS
 
     preset = PRESETS[job.preset_name]
-    loras = [name for name in JUDGES if (job.output_dir / f"emoji-{name}").exists()]
+    loras = [name for name in preset.families if (job.output_dir / f"emoji-{name}").exists()]
     if loras:
         check_made(job, ("rewards",))
     places = {"base_dir": job.output_dir / "emoji", "clip_dir": job.output_dir / "emoji-clip", "device": preset.device}
-    figures = measure(preset.world, sheet_path=job.output_dir / "emoji" / "contact-sheet.png", **places)
-    record(job, "evaluate", figures)
-    if (job.work_dir / referee.REFEREE_NAME).exists():
-        judge = referee.load_referee(job.work_dir, len(preset.world.icons().concepts))
-        record(job, "evaluate-referee", measure_asked(judge, preset.world, base_dir=places["base_dir"], device=preset.device))
+    has_referee = (job.work_dir / referee.REFEREE_NAME).exists()
+    judge = referee.load_referee(job.work_dir, len(preset.world.icons().concepts)) if has_referee else None
+    record(job, "evaluate", measure(preset.world, judge, sheet_path=job.assets_dir / "contact-sheet.webp", **places))
+    if judge:
+        record(job, "evaluate-asked", measure_asked(judge, preset.world, base_dir=places["base_dir"], device=preset.device,
+                                                    sheet_path=job.assets_dir / "contact-sheet-composed.webp"))
     for name in loras:
-        reward_dir = job.output_dir / "emoji-rewards" / name
-        record(job, f"evaluate-{name}", measure_lora(job.output_dir / f"emoji-{name}", reward_dir, **places))
+        reward_dir = job.output_dir / "emoji-rewards" / preset.families[name].rewards[0]
+        prompts = families.ASSETS / preset.families[name].prompts
+        record(job, f"evaluate-{name}", measure_lora(job.output_dir / f"emoji-{name}", reward_dir, prompts, **places))
 
 
 RUNNERS: dict[str, Callable[[Job], None]] = {

@@ -1,4 +1,4 @@
-"""Measures the built-in base model: is the concept right, is a prompt's variety that of real scenes, contact sheets."""
+"""Measures the built-in base model: is what a prompt asks for there, is its variety that of real scenes; contact sheets."""
 
 from __future__ import annotations
 
@@ -6,23 +6,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, pstdev, pvariance
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.utils import make_grid, save_image
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from rewardiv.clip_models import ClipModel, load_clip
 from rewardiv.config import SampleConfig
+from rewardiv.export import prompt_grid
 from rewardiv.generate import Engine, Result, generate
+from rewardiv.gram import frechet_distance, kernel_distance
 from rewardiv.metrics import effective_rank, eigenvalues
 from rewardiv.pretrain.base_model import World
-from rewardiv.pretrain.clip import SINGLE, concept_accuracy
-from rewardiv.pretrain.data import ASSETS
+from rewardiv.pretrain.clip import concept_accuracy
 from rewardiv.pretrain.layouts import MOST
 from rewardiv.pretrain.referee import Referee, Truth, accuracies, findings
-from rewardiv.pretrain.scenes import COLOURS, Icons, compose
+from rewardiv.pretrain.referee import truth as truth_of
+from rewardiv.pretrain.scenes import COLOURS, Icons, balanced_icons, compose
 from rewardiv.pretrain.wording import caption, countable
 from rewardiv.runs import write_atomic
 
@@ -48,12 +53,15 @@ def draw(pipe: StableDiffusionPipeline, concepts: list[str], *, num_images: int,
     return torch.cat(parts)
 
 
-def mean_effective_rank(clip: ClipModel, images: Tensor, num_images: int) -> float:
-    """Effective rank of the features within each run of `num_images` images, averaged over the runs."""
-    with torch.no_grad():
-        features = torch.cat([clip.encode_images(part.to(clip.mean.device)) for part in images.split(128)]).cpu()
-    ranks = [effective_rank(eigenvalues(part.numpy())) for part in features.split(num_images)]
-    return sum(ranks) / len(ranks)
+@torch.no_grad()
+def encode(clip: ClipModel, images: Tensor) -> np.ndarray:
+    """The CLIP's features [n, d] of images [n, 3, 64, 64] in [0, 1]."""
+    return torch.cat([clip.encode_images(part.to(clip.mean.device)) for part in images.split(128)]).cpu().numpy()
+
+
+def mean_effective_rank(features: np.ndarray, num_images: int) -> float:
+    """Effective rank of the features [n, d] within each run of `num_images` rows, averaged over the runs."""
+    return mean(effective_rank(eigenvalues(part)) for part in features.reshape(-1, num_images, features.shape[1]))
 
 
 def real_scenes(icons: Icons, world: World, num_images: int, generator: torch.Generator) -> Tensor:
@@ -66,26 +74,48 @@ def real_scenes(icons: Icons, world: World, num_images: int, generator: torch.Ge
     return compose(icons, torch.tensor(icon), world.spec, generator).images.float() / 255
 
 
-def measure(world: World, *, base_dir: Path, clip_dir: Path, sheet_path: Path, num_images: int = 8, seed: int = 0,
-            num_inference_steps: int = 25, guidance_scale: float = 3.0, device: str = "cpu") -> dict[str, float]:
-    """Draw "a CONCEPT" for every concept, write the contact sheet, and return the figures for the model card."""
+def measure(world: World, referee: Referee | None, *, base_dir: Path, clip_dir: Path, sheet_path: Path, num_images: int = 16,
+            seed: int = 0, num_inference_steps: int = 25, guidance_scale: float = 3.0, device: str = "cpu") -> dict[str, float]:
+    """Draw "a CONCEPT" for every concept, write the contact sheet, and return the figures for the model card.
+
+    Returns:
+        Concept accuracies by the CLIP that ships, and by the referee where there is one, each also of real scenes; effective
+        ranks within a prompt and their ratio; the squared Fréchet and the kernel distance of all images' CLIP features to real
+        scenes, and that of as many other real scenes (the floor); the referee's numbers of styles among `num_images`.
+    """
     icons, clip = world.icons(), load_clip(clip_dir, device)
     images = draw(load_pipeline(base_dir, device), icons.concepts, num_images=num_images,
                   num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
     concept = torch.arange(len(icons.concepts)).repeat_interleave(num_images)
-    real = real_scenes(icons, world, num_images, torch.Generator().manual_seed(seed))
-    rank, real_rank = (mean_effective_rank(clip, x, num_images) for x in (images, real))
-    half = -(-len(icons.concepts) // 2) * num_images  # two concepts side by side, so that the sheet isn't a tower
-    left, right = images[:half].split(num_images), images[half:].split(num_images)
-    rows = [torch.cat([a, right[i] if i < len(right) else torch.ones_like(a)]) for i, a in enumerate(left)]
-    write_atomic(sheet_path, lambda partial: save_image(make_grid(torch.cat(rows), nrow=2 * num_images), partial))
-    return {
+    generator = torch.Generator().manual_seed(seed)
+    single = replace(world, spec=replace(world.spec, small=0.0, large=0.0, counted=0.0, paired=0.0))
+    real, again = (real_scenes(icons, single, num_images, generator) for _ in range(2))
+    write_atomic(sheet_path, lambda partial: mosaic(images, num_images).save(partial, "WEBP", quality=90))
+    features = {name: encode(clip, x) for name, x in (("drawn", images), ("real", real), ("again", again))}
+    rank, real_rank = (mean_effective_rank(features[name], num_images) for name in ("drawn", "real"))
+    figures = {
         "concept_accuracy": round(concept_accuracy(clip, images.to(device), concept.to(device), icons.concepts), 4),
         "concept_accuracy_real": round(concept_accuracy(clip, real.to(device), concept.to(device), icons.concepts), 4),
         "effective_rank": round(rank, 3), "effective_rank_real": round(real_rank, 3),
-        "effective_rank_share": round(rank / real_rank, 4), "num_images": num_images,
-        "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale,
+        "effective_rank_share": round(rank / real_rank, 4),
+        "frechet": round(frechet_distance(features["drawn"], features["real"]), 4),
+        "frechet_floor": round(frechet_distance(features["again"], features["real"]), 4),
+        "kernel": round(kernel_distance(features["drawn"], features["real"]), 5),
+        "kernel_floor": round(kernel_distance(features["again"], features["real"]), 5),
+        "num_concepts": len(icons.concepts), "num_images": num_images, "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
     }
+    if referee:
+        for name, seen in (("", findings(referee, images)), ("_real", findings(referee, real))):
+            figures[f"referee_concept{name}"] = round(float((seen.concepts[:, 0] == concept).float().mean()), 4)
+            figures[f"styles{name}"] = distinct(seen.style, num_images)
+    return figures
+
+
+def mosaic(images: Tensor, num_images: int) -> Image.Image:
+    """The first SHEET_SEEDS of each run of `num_images`, SHEET_CONCEPTS runs side by side."""
+    own = torch.cat([part[:SHEET_SEEDS] for part in images.split(num_images)])
+    return to_pil_image(make_grid(own, nrow=SHEET_CONCEPTS * min(SHEET_SEEDS, num_images)))
 
 
 @dataclass(frozen=True)
@@ -116,34 +146,41 @@ def asked(kind: str, concepts: list[str], num: int, generator: torch.Generator) 
     return Asked(prompts, Truth(shown, number, torch.zeros_like(number)), colour)
 
 
-ASKED = {"plain": "concept", "colour": "colour", "counted": "count", "paired": "both"}  # and what is right then
-NUM_ASKED = 40  # prompts of a kind; a plain one for every concept
+ASKED = {"colour": "colour", "counted": "count", "paired": "both"}  # kinds of prompts, and what is right then
+NUM_ASKED, NUM_REAL = 40, 2048  # prompts of a kind, real scenes
+SHEET_PROMPTS, SHEET_SEEDS, SHEET_CONCEPTS = 8, 4, 4  # prompts of a kind on the sheet; seeds and concepts in a mosaic's row
 
 
-def measure_asked(referee: Referee, world: World, *, base_dir: Path, num_images: int = 16, seed: int = 0,
+def measure_asked(referee: Referee, world: World, *, base_dir: Path, sheet_path: Path, num_images: int = 16, seed: int = 0,
                   num_inference_steps: int = 25, guidance_scale: float = 3.0, device: str = "cpu") -> dict[str, float]:
     """What share of the pictures shows what their prompts ask for, by the referee; only what the world has is asked for.
 
+    Writes a sheet of the first prompts of each kind.
+
     Returns:
-        concept, colour, count, both: shares of pictures; styles, styles_real: how many artists' styles the referee finds among
-        `num_images` pictures of a plain prompt, mean over prompts, and in as many real scenes.
+        colour, count, both: shares of pictures, and with _real those of the referee on scenes of the model's world.
     """
     icons, generator = world.icons(), torch.Generator().manual_seed(seed)
     pipe, concepts = load_pipeline(base_dir, device), icons.concepts
-    kinds = [kind for kind in ASKED if kind in ("plain", "colour") or getattr(world.spec, kind) > 0]
-    found = {}
+    kinds = [kind for kind in ASKED if kind == "colour" or getattr(world.spec, kind) > 0]
+    found, shown, prompts = {}, [], []
     for kind in kinds:
-        own = asked(kind, concepts, len(concepts) if kind == "plain" else NUM_ASKED, generator)
-        seen = findings(referee, draw(pipe, own.prompts, num_images=num_images, num_inference_steps=num_inference_steps,
-                                    guidance_scale=guidance_scale))
+        own = asked(kind, concepts, NUM_ASKED, generator)
+        images = draw(pipe, own.prompts, num_images=num_images, num_inference_steps=num_inference_steps,
+                      guidance_scale=guidance_scale)
         rows = torch.arange(len(own.prompts)).repeat_interleave(num_images)
         truth = Truth(own.truth.concepts[rows], own.truth.number[rows], own.truth.style[rows])
-        found[ASKED[kind]] = accuracies(seen, truth, own.colour[rows])[ASKED[kind]]
-        if kind == "plain":
-            found["styles"] = distinct(seen.style, num_images)
-    real = real_scenes(icons, replace(world, spec=SINGLE), num_images, generator)
-    return found | {"styles_real": distinct(findings(referee, real).style, num_images), "num_images": num_images,
-                    "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        found[ASKED[kind]] = accuracies(findings(referee, images), truth, own.colour[rows])[ASKED[kind]]
+        shown += [part[: 2 * SHEET_SEEDS] for part in images.split(num_images)[:SHEET_PROMPTS]]
+        prompts += own.prompts[:SHEET_PROMPTS]
+    scenes = compose(icons, balanced_icons(icons, NUM_REAL, generator), world.spec, generator)
+    real = accuracies(findings(referee, scenes.images.float() / 255), truth_of(icons, scenes, concepts), scenes.colour)
+    found |= {f"{name}_real": real[name] for name in found}
+    pixels = (torch.stack(shown).permute(0, 1, 3, 4, 2) * 255).round().to(torch.uint8).numpy()
+    sheet = prompt_grid(pixels, prompts, range(pixels.shape[1]), "The built-in model, by prompt and seed")
+    write_atomic(sheet_path, lambda partial: sheet.save(partial, "WEBP", quality=90))
+    return found | {"num_prompts": NUM_ASKED, "num_images": num_images, "num_inference_steps": num_inference_steps,
+                    "guidance_scale": guidance_scale}
 
 
 def distinct(styles: Tensor, num_images: int) -> float:
@@ -152,20 +189,21 @@ def distinct(styles: Tensor, num_images: int) -> float:
 
 
 METHODS = ("base", "finetuned", "lora:0.5", "aig:power:2")
-EVERY = 9  # each EVERY-th concept is a prompt of the LoRA's measurement
+EVERY = 6  # each EVERY-th prompt of the list is one of the LoRA's measurement
 
 
-def measure_lora(lora_dir: Path, reward_dir: Path, *, base_dir: Path, clip_dir: Path, device: str, num_seeds: int = 8,
-                 num_inference_steps: int = 20, guidance_scale: float = 3.0) -> dict[str, object]:
-    """What a LoRA does to reward and diversity, by method: each EVERY-th prompt of the built-in list, `num_seeds` seeds.
+def measure_lora(lora_dir: Path, reward_dir: Path, prompts_path: Path, *, base_dir: Path, clip_dir: Path, device: str,
+                 num_seeds: int = 8, num_inference_steps: int = 20, guidance_scale: float = 3.0) -> dict[str, object]:
+    """What a LoRA does to reward and diversity, by method: each EVERY-th prompt of a file, `num_seeds` seeds.
 
     Returns:
         The base's mean reward; its standard deviation over all images, and within a prompt (rewards are made to compare
         images of one prompt; the rest is how well the prompts go); the finetuned model's gain in each of the two; and for
-        each method the mean reward and, averaged over prompts, pairwise distance, effective rank and SCD.
+        each method the mean reward and, averaged over prompts, pairwise distance, effective rank and SCD; the typical prompt,
+        of which the finetuned model keeps the median share of the base's variance (the lower one of two).
     """
     engine = Engine(device, features_path=str(clip_dir))
-    prompts = (ASSETS / "prompts.txt").read_text().splitlines()[::EVERY]
+    prompts = prompts_path.read_text().splitlines()[::EVERY]
     results = []
     for prompt in tqdm(prompts, desc=f"measuring {lora_dir.name}", unit="prompt"):
         config = SampleConfig(model=str(base_dir), lora=str(lora_dir), prompt=prompt, methods=METHODS,
@@ -175,12 +213,14 @@ def measure_lora(lora_dir: Path, reward_dir: Path, *, base_dir: Path, clip_dir: 
         results.append(result)
     base = [value for result in results for value in result.scores["base"].rewards]
     tuned = [value for result in results for value in result.scores["finetuned"].rewards]
+    kept = sorted((result.scores["finetuned"].spectral.trace_ratio, result.config.prompt) for result in results)
     gain, within = mean(tuned) - mean(base), mean(pvariance(result.scores["base"].rewards) for result in results) ** 0.5
     return {
         "num_prompts": len(prompts), "num_seeds": num_seeds, "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale, "base_reward_mean": round(mean(base), 3),
         "base_reward_std": round(pstdev(base), 3), "gain_in_base_std": round(gain / pstdev(base), 2),
         "base_reward_std_within_prompt": round(within, 3), "gain_in_base_std_within_prompt": round(gain / within, 2),
+        "typical_prompt": kept[(len(kept) - 1) // 2][1],
         "methods": {method: method_figures(results, method) for method in METHODS},
     }
 

@@ -28,7 +28,11 @@ LOG_EVERY = 20
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast a stage trains: the rate is held for a share `hold` of the steps, then falls to zero."""
+    """How long and how fast a stage trains: the rate is held for a share `hold` of the steps, then falls to zero.
+
+    `bf16` runs the forward pass under autocast and `compiled` the networks through torch.compile: on a CPU with AMX twice
+    as fast together, without it far slower. The weights, their averages and the optimiser stay fp32.
+    """
 
     num_steps: int
     batch_size: int
@@ -38,6 +42,8 @@ class Recipe:
     weight_decay: float = 0.01
     ema_decay: float = 0.999
     max_grad_norm: float = 1.0
+    bf16: bool = False
+    compiled: bool = False
 
     def rate(self, step: int) -> float:
         """Share of the learning rate at a step: linear warm-up, constant, linear decay."""
@@ -76,8 +82,9 @@ def train(stage: str, model: nn.Module, loss_fn: Loss, recipe: Recipe, *, folder
     if state_path.exists() and not resume:
         raise UserError(f"{state_path} holds an earlier run; add --resume to go on with it or remove it to start anew")
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay,
-                                  betas=(0.9, 0.99))
+                                  betas=(0.9, 0.99), fused=True)
     average = AveragedModel(model, multi_avg_fn=averaging(recipe.ema_decay), use_buffers=False)
+    device = next(model.parameters()).device.type
     parts = {"model": model, "average": average, "optimizer": optimizer}
     step, elapsed_s = restore(state_path, parts) if state_path.exists() else (0, 0.0)
 
@@ -87,7 +94,8 @@ def train(stage: str, model: nn.Module, loss_fn: Loss, recipe: Recipe, *, folder
     while step < recipe.num_steps:
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * recipe.rate(step)
-        terms = loss_fn(step, torch.Generator().manual_seed(seed * 1_000_003 + step))
+        with torch.autocast(device, torch.bfloat16, enabled=recipe.bf16):
+            terms = loss_fn(step, torch.Generator().manual_seed(seed * 1_000_003 + step))
         if not torch.isfinite(terms["loss"]):
             raise UserError(f"the loss of {stage} is not finite at step {step}; lower the learning rate and resume")
         optimizer.zero_grad()

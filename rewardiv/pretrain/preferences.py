@@ -1,7 +1,8 @@
-"""Stage 4: two preference rewards of PickScore's form, learned from synthetic judges (no person was asked).
+"""Stage 4: preference rewards of PickScore's form, learned from synthetic judges (no person was asked).
 
-A judge compares two images by a documented formula and votes by chance, more surely the larger the difference; in some
-pairs one image shows another concept, and the judge then prefers the one that fits the prompt. The reward is the CLIP of
+A judge compares two images of one prompt and votes by chance, more surely the larger the difference. Two judges have a taste, a
+documented formula; in some of their pairs one image shows another concept, and they then prefer the one that fits the prompt.
+The third, `exact`, looks only at whether the prompt holds: which things, how many, on what colour. The reward is the CLIP of
 stage 3, fine-tuned so that softmax(exp(logit_scale) · cos) predicts the votes.
 
 Source: Kirstain et al., "Pick-a-Pic", arXiv 2305.01569 (the form and the loss). Differs: synthetic votes, no ties.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,14 +20,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rewardiv.clip_models import ClipModel, load_clip, save_clip
-from rewardiv.pretrain.clip import SINGLE
+from rewardiv.pretrain.clip import SINGLE, augment
+from rewardiv.pretrain.layouts import SceneSpec
 from rewardiv.pretrain.loop import Recipe, train
-from rewardiv.pretrain.scenes import Icons, balanced_icons, compose, load_icons
+from rewardiv.pretrain.scenes import COLOURS, Icons, Scenes, balanced_icons, captions, compose, load_icons
 
 LUMA = (0.299, 0.587, 0.114)
 SURENESS = 12.0  # votes follow sigmoid(SURENESS · difference of the judge's scores)
 MISFIT = 0.5  # what the judge takes off an image of another concept
 MISFIT_ODDS = 0.25
+ASKED = SceneSpec(min_size=0.6, max_size=1.0, shift=1.0, small=0.05, large=0.05, counted=0.45, paired=0.25)
+SAME_ICON_ODDS, SAME_COLOUR_ODDS, SAID_COLOUR_ODDS = 0.65, 0.5, 0.5  # of the second image, and of the prompt, for `exact`
 NUM_TEST = 1024
 
 
@@ -52,17 +57,25 @@ def calm(images: Tensor) -> Tensor:
     return -chroma(images) - 2 * steps - (bright.mean((1, 2)) - 0.75).abs()
 
 
-JUDGES: dict[str, Callable[[Tensor], Tensor]] = {"vivid": vivid, "calm": calm}
-
-
 @dataclass(frozen=True)
 class Pairs:
-    """Two images of one prompt each: `left`, `right` [n, 3, H, W] in [0, 1], prompts, and the vote (1: left)."""
+    """Two images of one prompt each: `left`, `right` [n, 3, H, W] in [0, 1], prompts, by how much the judge likes the left one
+    more, `difference` [n], and the `vote` [n] that came of it (1: left)."""
 
     left: Tensor
     right: Tensor
     prompts: list[str]
+    difference: Tensor
     vote: Tensor
+
+
+def voted(left: Tensor, right: Tensor, prompts: list[str], difference: Tensor, generator: torch.Generator) -> Pairs:
+    """Let the judge vote, and change sides by chance: the fitting image must not always be left."""
+    vote = torch.bernoulli(torch.sigmoid(SURENESS * difference), generator=generator)
+    swap = torch.rand(len(prompts), generator=generator) < 0.5
+    over = swap[:, None, None, None]
+    return Pairs(torch.where(over, right, left), torch.where(over, left, right), prompts,
+                 torch.where(swap, -difference, difference), torch.where(swap, 1 - vote, vote))
 
 
 def recolour(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -75,7 +88,7 @@ def recolour(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.lerp(images, soft, (2 * blur - 1).clamp_min(0)).clamp(0, 1)
 
 
-def draw_pairs(judge: Callable[[Tensor], Tensor], icons: Icons, num: int, generator: torch.Generator) -> Pairs:
+def taste_pairs(judge: Callable[[Tensor], Tensor], icons: Icons, num: int, generator: torch.Generator) -> Pairs:
     """`num` pairs: two scenes of one concept, or in MISFIT_ODDS of them a right scene of any concept."""
     icon = balanced_icons(icons, num, generator)
     of_concept: dict[str, list[int]] = {}
@@ -89,17 +102,45 @@ def draw_pairs(judge: Callable[[Tensor], Tensor], icons: Icons, num: int, genera
     right = compose(icons, torch.tensor(other), SINGLE, generator).images.float() / 255
     left, right = recolour(left, generator), recolour(right, generator)
     fits = torch.tensor([icons.records[o]["caption"] == p for o, p in zip(other, prompts, strict=True)])
-    difference = judge(left) - judge(right) + MISFIT * (~fits).float()
-    vote = torch.bernoulli(torch.sigmoid(SURENESS * difference), generator=generator)
-    swap = torch.rand(num, generator=generator) < 0.5  # the fitting image must not always be left
-    left, right = torch.where(swap[:, None, None, None], right, left), torch.where(swap[:, None, None, None], left, right)
-    return Pairs(left, right, prompts, torch.where(swap, 1 - vote, vote))
+    return voted(left, right, prompts, judge(left) - judge(right) + MISFIT * (~fits).float(), generator)
+
+
+def exact_pairs(icons: Icons, num: int, generator: torch.Generator) -> Pairs:
+    """`num` pairs: a scene with its caption, and one that often has the same drawing or background but another number,
+    partner or colour. The judge takes MISFIT off for each statement of the caption that doesn't hold."""
+    icon = balanced_icons(icons, num, generator)
+    asked = compose(icons, icon, ASKED, generator)
+    draw = torch.rand(2, num, generator=generator)
+    any_icon = torch.randint(len(icons.records), (num,), generator=generator)
+    any_colour = torch.randint(len(COLOURS), (num,), generator=generator)
+    shown = compose(icons, torch.where(draw[0] < SAME_ICON_ODDS, icon, any_icon), ASKED, generator,
+                    torch.where(draw[1] < SAME_COLOUR_ODDS, asked.colour, any_colour))
+    prompts = captions(icons, asked, torch.arange(num), generator, colour_odds=SAID_COLOUR_ODDS, style_odds=0.0)
+    says_colour = torch.tensor([" background" in prompt for prompt in prompts])
+    wrong = ((things(icons, asked) != things(icons, shown)).any(1).float() + (asked.number != shown.number).float()
+             + (says_colour & (asked.colour != shown.colour)).float())
+    left, right = augment(asked.images, generator), augment(shown.images, generator)
+    return voted(left, right, prompts, MISFIT * wrong, generator)
+
+
+def things(icons: Icons, scenes: Scenes) -> Tensor:
+    """Which concepts each scene shows, int64 [n, 2], in order; -1 where there is no second one."""
+    place = {concept: k for k, concept in enumerate(icons.concepts)}
+    concept = torch.tensor([place[record["caption"]] for record in icons.records])
+    other = torch.where(scenes.other >= 0, concept[scenes.other], -1)
+    return torch.stack([concept[scenes.icon], other], dim=1).sort(dim=1).values
+
+
+DRAW: dict[str, Callable[[Icons, int, torch.Generator], Pairs]] = {  # by reward
+    "vivid": partial(taste_pairs, vivid), "calm": partial(taste_pairs, calm), "exact": exact_pairs,
+}
 
 
 def vote_logits(model: ClipModel, pairs: Pairs) -> Tensor:
     """Log odds [n] that the left image wins: the difference of the two rewards (Bradley–Terry)."""
-    num = len(pairs.prompts)
-    cosines = model.cosines(torch.cat([pairs.left, pairs.right]).to(model.mean.device), pairs.prompts * 2)
+    num, device = len(pairs.prompts), model.mean.device
+    with torch.autocast(device.type, enabled=False):  # cosines that differ little are magnified a hundredfold
+        cosines = model.cosines(torch.cat([pairs.left, pairs.right]).to(device), pairs.prompts * 2)
     return model.logit_scale.exp().clamp_max(100) * (cosines[:num] - cosines[num:])
 
 
@@ -114,26 +155,22 @@ def run(name: str, recipe: Recipe, *, max_tier: int, clip_dir: Path, work_dir: P
     """Fine-tune the CLIP in `clip_dir` on one judge's votes and write `output_dir`.
 
     Returns:
-        Held-out pair accuracy, and that of the judge's own formula (the best possible: votes are by chance).
+        Held-out pair accuracy, and that of the judge's own score (about the best possible: votes are by chance).
     """
-    judge = JUDGES[name]
+    draw_pairs = DRAW[name]
     icons = load_icons(max_tier=max_tier)
     model = load_clip(clip_dir, device).requires_grad_(True)
     for module in model.modules():  # keep the running statistics that the CLIP was trained to: pairs are recoloured
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
-    test = draw_pairs(judge, icons, NUM_TEST, torch.Generator().manual_seed(seed + 1))
+    test = draw_pairs(icons, NUM_TEST, torch.Generator().manual_seed(seed + 1))
 
     def loss_fn(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        pairs = draw_pairs(judge, icons, recipe.batch_size, generator)
+        pairs = draw_pairs(icons, recipe.batch_size, generator)
         return {"loss": F.binary_cross_entropy_with_logits(vote_logits(model, pairs), pairs.vote.to(device))}
 
     average = train(f"reward-{name}", model, loss_fn, recipe, folder=work_dir, seed=seed, resume=resume)
     save_clip(average.net, average.config, average.tokenizer, output_dir)
+    judged = ((test.difference > 0) == test.vote.bool()).float().mean()
     return {"pair_accuracy_held_out": round(pair_accuracy(average, test), 4),
-            "pair_accuracy_of_the_judge": round(judge_accuracy(judge, test), 4)}
-
-
-def judge_accuracy(judge: Callable[[Tensor], Tensor], pairs: Pairs) -> float:
-    """Share of votes that the judge's own taste predicts, blind to the concept."""
-    return float(((judge(pairs.left) > judge(pairs.right)) == pairs.vote.bool()).float().mean())
+            "pair_accuracy_of_the_judge": round(float(judged), 4)}

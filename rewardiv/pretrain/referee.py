@@ -21,7 +21,7 @@ from rewardiv.pretrain.loop import Recipe, train
 from rewardiv.pretrain.scenes import COLOURS, Icons, Scenes, balanced_icons, compose, load_icons
 from rewardiv.runs import write_atomic
 
-SPEC = SceneSpec(min_size=0.55, max_size=1.0, shift=1.0, mirror=0.5, small=0.1, large=0.05, counted=0.25, paired=0.25)
+SPEC = SceneSpec(min_size=0.55, max_size=1.0, shift=1.0, mirror=0.5, small=0.1, large=0.05, counted=0.25, paired=0.35)
 STYLES = tuple(pack.style for pack in PACKS)
 NUM_SCENES, NUM_TEST = 32_768, 2048
 REFEREE_NAME = "referee.safetensors"
@@ -30,37 +30,41 @@ DRAWING_OF = {"fluent-flat": "fluent", "fluent-3d": "fluent"}  # three rendering
 
 
 class Referee(nn.Module):
-    """Images [n, 3, 64, 64] in [0, 1] to logits of concepts [n, C], numbers [n, 4] and styles [n, 9]."""
+    """Images [n, 3, 64, 64] in [0, 1] to logits of concepts [n, C], numbers [n, 4] and styles [n, 9].
+
+    A concept's logit is the log-sum-exp of those of 4 × 4 places, so that of two things side by side each can be sure.
+    """
 
     def __init__(self, num_concepts: int, width: int = 48) -> None:
         super().__init__()
         sizes = (width, width, 2 * width, 4 * width, 4 * width)
         self.stem = nn.Conv2d(3, width, 5, 2, 2)
-        self.blocks = nn.ModuleList(Block(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.blocks = nn.ModuleList(Block(a, b, halves=a < sizes[-1]) for a, b in zip(sizes, sizes[1:], strict=False))
         self.heads = nn.ModuleList(nn.Linear(sizes[-1], num) for num in (num_concepts, MOST, len(STYLES)))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self.stem((images - 0.5) * 4)
         for block in self.blocks:
             x = block(x)
-        x = F.silu(x).mean((2, 3))
-        concepts, numbers, styles = (head(x) for head in self.heads)
-        return concepts, numbers, styles
+        places = F.silu(x).flatten(2).transpose(1, 2)
+        concepts, numbers, styles = (head(seen) for head, seen in zip(self.heads, (places, *[places.mean(1)] * 2), strict=True))
+        return concepts.float().logsumexp(1), numbers, styles
 
 
 class Block(nn.Module):
-    """Two convolutions and a way around them; halves the size."""
+    """Two convolutions and a way around them; may halve the size."""
 
-    def __init__(self, channels: int, out_channels: int) -> None:
+    def __init__(self, channels: int, out_channels: int, *, halves: bool) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.GroupNorm(8, size) for size in (channels, out_channels))
         self.first = nn.Conv2d(channels, out_channels, 3, 1, 1)
         self.second = nn.Conv2d(out_channels, out_channels, 3, 1, 1)
         self.around = nn.Conv2d(channels, out_channels, 1)
+        self.shrink = nn.AvgPool2d(2) if halves else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        inside = F.avg_pool2d(self.first(F.silu(self.norms[0](x))), 2)
-        return self.second(F.silu(self.norms[1](inside))) + self.around(F.avg_pool2d(x, 2))
+        inside = self.shrink(self.first(F.silu(self.norms[0](x))))
+        return self.second(F.silu(self.norms[1](inside))) + self.around(self.shrink(x))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import pytest
 import sqlalchemy as sql
 from huggingface_hub import CommitScheduler, HfApi
 
+from rewardiv.bench.study.cluster import Cluster
 from rewardiv.errors import UserError
 from rewardiv.study.design import read_study
 from rewardiv.study.journal import PRIVATE, Journal, open_on_hub, open_store, restore
@@ -34,7 +35,6 @@ from rewardiv.study.storage import (
     migrate,
     open_engine,
 )
-from study.conftest import Server
 from study.stage import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,9 +180,9 @@ def test_what_was_acknowledged_survives_a_killed_server(url: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
-def test_what_was_acknowledged_survives_a_killed_postgresql(stage: Stage, server: Server) -> None:
+def test_what_was_acknowledged_survives_a_killed_postgresql(stage: Stage, server: Cluster) -> None:
     ticket, _ = stage.session(stage.attentive(), num=4)
-    server.stop("immediate")  # no checkpoint, no farewell
+    server.stop()  # no checkpoint, no farewell
     with pytest.raises(Unavailable, match="try again"):
         stage.service.next_ballot(ticket.rater_token)
     server.start()
