@@ -53,8 +53,8 @@ def base_card(name: str, figures: dict[str, dict]) -> str:
         "```python\nfrom diffusers import StableDiffusionPipeline\n",
         'pipe = StableDiffusionPipeline.from_pretrained("checkpoints/emoji")',
         'image = pipe("a cat face", num_inference_steps=25, guidance_scale=3.0).images[0]\n```\n',
-        "Contact sheets, in the repository: `assets/contact-sheet.webp` (every concept, four seeds each) and "
-        "`assets/contact-sheet-composed.webp` (backgrounds, numbers, pairs).\n",
+        "Contact sheets, in the repository: `assets/contact-sheet.webp` (every concept, four seeds each)"
+        + (", `assets/contact-sheet-composed.webp` (what prompts ask for).\n" if asked else ".\n"),
         "## Training\n",
         f"- Autoencoder (64 px to 16 × 16 × 8, 0.66 M weights): {trained(vae)}.",
         f"- UNet ({base.get('unet_weights_m', '?')} M weights) and text encoder (2 layers, 1,747 tokens), together: "

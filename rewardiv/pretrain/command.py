@@ -89,10 +89,12 @@ def check_made(job: Job, stages: Iterable[str]) -> None:
     from rewardiv.pretrain.presets import PRESETS
 
     rewards = tuple(f"emoji-rewards/{name}/open_clip_config.json" for name in PRESETS[job.preset_name].judges)
+    preset = "" if job.preset_name == "cpu" else f" --preset {job.preset_name}"
     for stage in stages:
         for name in (MAKES | {"rewards": rewards})[stage]:
             if not (job.output_dir / name).exists():
-                raise UserError(f"{job.output_dir / name} is missing; build it first: python -m rewardiv pretrain {stage}")
+                raise UserError(f"{job.output_dir / name} is missing; build it first: "
+                                f"python -m rewardiv pretrain {stage}{preset}")
 
 
 def check_device(job: Job) -> None:
