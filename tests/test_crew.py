@@ -103,16 +103,18 @@ def test_processes_that_a_launcher_left_out_are_started(tmp_path: Path) -> None:
     package = tmp_path / "rewardiv"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "__main__.py").write_text("import os, sys\nprint(os.environ['RANK'], os.environ['WORLD_SIZE'], *sys.argv[1:])\n")
+    (package / "__main__.py").write_text(
+        "import os, pathlib, sys\n"  # a file each: two processes may write to one pipe at once
+        "pathlib.Path('rank' + os.environ['RANK']).write_text(' '.join([os.environ['WORLD_SIZE'], *sys.argv[1:]]))\n")
     root = Path(__file__).resolve().parent.parent
     alone = ("import sys; sys.path.insert(0, sys.argv.pop()); from rewardiv.crew import relaunch_if_alone; relaunch_if_alone()")
     launcher = ("import subprocess, sys; at = sys.argv.index('train'); "
                 "sys.exit(subprocess.run([sys.executable, '-c', *sys.argv[at - 1:]]).returncode)")
     env = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     env |= {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": str(free_port()), "PYTHONPATH": str(tmp_path)}
-    found = subprocess.run([sys.executable, "-c", launcher, "--num_processes", "2", alone, "train", str(root)],
-                           env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert sorted(found.stdout.split("\n")) == ["", "0 2 train", "1 2 train"]
+    subprocess.run([sys.executable, "-c", launcher, "--num_processes", "2", alone, "train", str(root)],
+                   env=env, cwd=tmp_path, check=True)
+    assert {path.name: path.read_text() for path in tmp_path.glob("rank*")} == {"rank0": "2 train", "rank1": "2 train"}
 
 
 def test_a_launcher_that_does_not_say_how_many_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
