@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 OPTIONS: dict[str, dict[str, str]] = {
     "what is crossed": {
-        "prompt_sets": "emoji, partiprompts, hpsv2 (a copy of one as hpsv2:PATH) or a FILE of prompts; repeat it for several",
+        "prompt_sets": "emoji, emoji-composed, partiprompts, hpsv2 (a copy of one as hpsv2:PATH) or a FILE of prompts; "
+                       "repeat it for several",
         "prompts": "a prompt; repeat it for several",
         "categories": "only the sets' prompts of this category; repeat it for several",
         "max_prompts": "so many of the prompts, spread evenly",

@@ -160,10 +160,12 @@ MODELS: dict[str, ModelEntry] = {
                "Stable Diffusion XL distilled to 1 to 4 steps, 512 px, no guidance", "sdxl", 12.9),
 )}
 LORAS: dict[str, LoraEntry] = {
-    "vivid": LoraEntry("vivid", str(CHECKPOINTS / "emoji-vivid"), "emoji", "vivid",
-                       "trained on the vivid reward far enough to over-optimise", family="sd1", licence="Apache-2.0"),
-    "calm": LoraEntry("calm", str(CHECKPOINTS / "emoji-calm"), "emoji", "calm",
-                      "trained on the calm reward far enough to over-optimise", family="sd1", licence="Apache-2.0"),
+    name: LoraEntry(name, str(CHECKPOINTS / f"emoji-{name}"), "emoji", reward, f"trained on {taste}, until it over-optimised",
+                    family="sd1", licence="Apache-2.0")
+    for name, reward, taste in (
+        ("vivid", "vivid", "the vivid reward"), ("calm", "calm", "the calm reward"),
+        ("exact", "exact", "the exact reward, on prompts with numbers, pairs and colours"),
+        ("mixed", "vivid", "a mixture of the vivid and the exact reward"))
 }
 REWARDS: dict[str, RewardEntry] = {
     "vivid": RewardEntry("vivid", str(CHECKPOINTS / "emoji-rewards" / "vivid"),
@@ -172,6 +174,9 @@ REWARDS: dict[str, RewardEntry] = {
     "calm": RewardEntry("calm", str(CHECKPOINTS / "emoji-rewards" / "calm"),
                         "preference reward learned from a synthetic judge who likes flat, muted pictures",
                         licence="Apache-2.0"),
+    "exact": RewardEntry("exact", str(CHECKPOINTS / "emoji-rewards" / "exact"),
+                         "whether the prompt holds: which things, how many, on what colour; learned from a synthetic judge",
+                         licence="Apache-2.0"),
     "clip": RewardEntry("clip", str(CHECKPOINTS / "emoji-clip"),
                         "how well the picture fits the prompt, by the built-in CLIP", licence="Apache-2.0"),
     "colorfulness": RewardEntry("colorfulness", None,
@@ -198,6 +203,8 @@ HPS_STYLES = ("anime", "concept-art", "paintings", "photo")
 PROMPTS: dict[str, PromptsEntry] = {
     "emoji": PromptsEntry("emoji", str(ROOT / "assets" / "emoji" / "prompts.txt"),
                           "50 things that the built-in model draws, by family", licence="Apache-2.0"),
+    "emoji-composed": PromptsEntry("emoji-composed", str(ROOT / "assets" / "emoji" / "prompts-composed.txt"),
+                                   "numbers, pairs and backgrounds for the built-in model", licence="Apache-2.0"),
     "partiprompts": PromptsEntry(
         "partiprompts", "datasets/nateraw/parti-prompts/PartiPrompts.tsv", "PartiPrompts: 1632 prompts in 12 categories",
         (Source("nateraw/parti-prompts", files=("PartiPrompts.tsv",), repo_type="dataset"),), 123_107 / hub.GIB, "Apache-2.0"),

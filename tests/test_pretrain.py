@@ -11,6 +11,7 @@ from torch import nn
 
 from rewardiv.errors import UserError
 from rewardiv.pretrain import autoencoder, base_model, clip, preferences, referee
+from rewardiv.pretrain.cards import write_cards
 from rewardiv.pretrain.data import ASSETS, CELL, PACKS, attribution, read_concepts, render_svg
 from rewardiv.pretrain.families import composed_prompts
 from rewardiv.pretrain.layouts import COUNTED, LARGE, PAIRED, SMALL, SceneSpec, arrange
@@ -27,6 +28,7 @@ from rewardiv.pretrain.scenes import (
 )
 from rewardiv.pretrain.tokenizer import build_tokenizer, caption_words
 from rewardiv.pretrain.wording import caption, countable, counted
+from rewardiv.registry import CHECKPOINTS
 
 
 @pytest.fixture(scope="module")
@@ -429,3 +431,13 @@ def test_presets_fit_the_limits_on_shipped_files():
     for preset in PRESETS.values():
         weights = sum(p.numel() for p in base_model.build_unet(preset.channels).parameters())
         assert 2 * weights < 37e6, "the UNet in half precision leaves no room for the rest under 40 MB"
+
+
+def test_a_card_without_the_referee_keeps_quiet_about_what_an_earlier_one_has_found(tmp_path):
+    (tmp_path / "emoji").mkdir()
+    figures = json.loads((CHECKPOINTS / "figures.json").read_text())
+    write_cards(tmp_path, figures)
+    assert "A referee" in (tmp_path / "emoji" / "README.md").read_text()
+    plain = {name: value for name, value in figures["evaluate"].items() if not name.startswith("referee")}
+    write_cards(tmp_path, figures | {"evaluate": plain})
+    assert "A referee" not in (tmp_path / "emoji" / "README.md").read_text()

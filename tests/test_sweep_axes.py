@@ -78,6 +78,7 @@ def test_base_is_an_arm_once_and_first() -> None:
 def test_prompt_sets_have_categories() -> None:
     emoji = read_prompt_sets(["emoji"])
     assert len(emoji) == 50 and all(prompt.category for prompt in emoji)
+    assert len(read_prompt_sets(["emoji", "emoji-composed"])) == 100
     animals = read_prompt_sets(["emoji"], categories=["Animal"])
     assert 1 < len(animals) < 50 and {prompt.category for prompt in animals} == {"animal"}
     assert set(animals) <= set(emoji)

@@ -13,6 +13,7 @@ from rewardiv import hub
 from rewardiv.errors import UserError, nearest
 from rewardiv.registry import PROMPTS
 
+BUILT_IN = tuple(name for name, entry in PROMPTS.items() if not entry.sources)
 PUBLISHED = tuple(name for name, entry in PROMPTS.items() if entry.sources)  # they repeat a few prompts, which count once
 TABLES = {".tsv": "\t", ".csv": ","}
 LISTS = (".json", ".txt", *TABLES)
@@ -31,10 +32,10 @@ def read_prompt_sets(
     """The prompts of several sets and of the caller's own, each once.
 
     Args:
-        sets: "emoji"; "partiprompts" or "hpsv2" from the hub, or a copy of one as "partiprompts:PATH", where repetitions
-            count once; or a PATH of one's own, where a repetition is refused. A file holds a prompt a line (.txt), a list of
-            texts or of objects with a "prompt" (.json), or a table with a column "prompt" (.tsv, .csv), and "category" where
-            there is one; a folder of such files has their names as categories.
+        sets: "emoji" or "emoji-composed"; "partiprompts" or "hpsv2" from the hub, or a copy of one as "partiprompts:PATH",
+            where repetitions count once; or a PATH of one's own, where a repetition is refused. A file holds a prompt a line
+            (.txt), a list of texts or of objects with a "prompt" (.json), or a table with a column "prompt" (.tsv, .csv), and
+            "category" where there is one; a folder of such files has their names as categories.
         prompts: Further ones; they have no category, and are taken whatever `categories` says.
         categories: Of the sets' prompts only these, in any case; () is all.
         max_prompts: That many, spread evenly over what is left; 0 is all.
@@ -62,7 +63,7 @@ def read_prompt_sets(
 def _read_set(name: str) -> list[Prompt]:
     """The prompts of one set."""
     known, _, file = name.partition(":")
-    if name == "emoji":
+    if name in BUILT_IN:
         file = Path(PROMPTS[name].path)
         families = {row.get("caption", ""): row.get("family", "") for row in _table(file.parent / "concepts.tsv")}
         return [Prompt(text, families.get(text, "")) for text in _lines(file)]

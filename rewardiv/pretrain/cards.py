@@ -65,7 +65,7 @@ def base_card(name: str, figures: dict[str, dict]) -> str:
         f"- Autoencoder on scenes of concepts it never saw: {vae.get('psnr_held_out_db', '?')} dB PSNR with one drawing, "
         f"{vae.get('psnr_held_out_several_db', '?')} dB with several.",
         *(quality(measured) if "frechet" in measured else []),
-        *(refereed(figures.get("referee", {}), measured, asked) if asked else []),
+        *(refereed(figures["referee"], measured, asked) if asked and "referee_concept" in measured else []),
         "\n## Limits\n",
         f"- It knows the concepts up to tier {base.get('max_tier', 1)} in `assets/emoji/concepts.tsv`, ten background words "
         "and the style words of its artists; other words are read but mean nothing to it.",

@@ -50,7 +50,7 @@ class Job:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     parser.add_argument("stage", choices=STAGES, help="what to build; 'all' runs every stage in this order")
-    parser.add_argument("--preset", choices=("cpu", "wide", "gpu"), default="cpu", help="sizes and lengths (default: cpu)")
+    parser.add_argument("--preset", choices=("cpu", "gpu"), default="cpu", help="sizes and lengths (default: cpu)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the work folder, as if never stopped")
     parser.add_argument("--num-steps", type=int, help="train this stage for another number of steps than the preset's")

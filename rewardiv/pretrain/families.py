@@ -69,13 +69,15 @@ def composed_prompts(concepts: list[str]) -> list[str]:
 
 def run(name: str, family: Family, kl_weight: float, *, output_dir: Path, work_dir: Path, runs_dir: Path, seed: int,
         device: str, resume: bool) -> dict[str, object]:
-    """Train one LoRA of a family, export its run and, without a KL weight, its weights. Held out is the built-in CLIP.
+    """Train one LoRA of a family, export its run and, without a KL weight, its weights.
+
+    As in every run, what is held out and what diversity is measured by is the CLIP in checkpoints/.
 
     Args:
         name: Of the family.
         family: What it is trained on.
         kl_weight: Of the authors' KL.
-        output_dir: Where the base model, the CLIP and the rewards lie, and the free LoRA's weights go, as `emoji-<name>`.
+        output_dir: Where the base model and the rewards lie, and the free LoRA's weights go, as `emoji-<name>`.
         work_dir: Where the run itself lies; one that was stopped goes on, one that is done stays, if `resume`.
         runs_dir: Where the small export goes, in place of an earlier one.
         seed: Of the run.
@@ -90,7 +92,7 @@ def run(name: str, family: Family, kl_weight: float, *, output_dir: Path, work_d
     config = TrainConfig(
         output_dir=str(folder), model=str(output_dir / "emoji"), seed=seed, device=device, kl_weight=kl_weight,
         rewards=tuple(str(output_dir / "emoji-rewards" / reward) for reward in family.rewards),
-        probe_rewards=(str(output_dir / "emoji-clip"),), prompts_file=str(ASSETS / family.prompts),
+        prompts_file=str(ASSETS / family.prompts),
         resume_from_checkpoint="latest" if resume else "", **family.settings)
     if not (resume and is_run(folder) and read_job(folder).state == "done"):
         with (tqdm(total=config.max_train_steps, desc=own, unit="step") as bar,

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 OpenEngine = Callable[[], "Engine"]
 Updates = dict[Any, Any]
 
-EXAMPLES = ("a cat face", "a hamburger", "a tulip", "a rocket", "a frog face on a blue background")
+EXAMPLES = ("a cat face", "a rocket", "three lemons", "a ghost and a balloon", "a frog face on a blue background")
 PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
 ENGINE_QUEUE = {"concurrency_id": "engine", "concurrency_limit": 1}
 

@@ -10,6 +10,7 @@ import gradio as gr
 
 from rewardiv.config import SCHEDULERS, parse_seeds
 from rewardiv.errors import UserError
+from rewardiv.evaluate.prompt_sets import BUILT_IN
 from rewardiv.evaluate.settings import DISTANCES, DIVERSITIES, DTYPES, SEEDS, SweepConfig
 from rewardiv.registry import PROMPTS, known
 from rewardiv.ui.form import text_of
@@ -103,7 +104,7 @@ def values_of(config: SweepConfig) -> Values:
 def size_text(config: SweepConfig) -> str:
     """How many images the settings make, where that is known without looking far."""
     methods = f"{len(config.seeds)} seeds × {len(config.arms)} methods"
-    if any(name != "emoji" and not Path(name).exists() for name in config.prompt_sets):
+    if any(name not in BUILT_IN and not Path(name).exists() for name in config.prompt_sets):
         return f"{methods} a prompt."
     prompts = len(config.prompt_list)
     more = f", and {prompts * len(config.reference_seeds)} at the reference seeds" if config.reference_seeds else ""

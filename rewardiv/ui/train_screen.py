@@ -112,8 +112,9 @@ class Site:
     device: str = "cpu"
 
     def jobs(self) -> list[Job]:
-        """The runs, newest first."""
-        return list_jobs(self.runs_dir)
+        """The runs, newest first; prepared ones, which came together, by name."""
+        jobs = list_jobs(self.runs_dir)
+        return sorted(jobs, key=lambda job: job.name) if self.demo else jobs
 
     @property
     def new_runs_dir(self) -> Path:
@@ -121,7 +122,7 @@ class Site:
         return ROOT / "runs" if self.demo else self.runs_dir
 
     def chosen(self, memory: Memory, jobs: Sequence[Job] | None = None) -> Job | None:
-        """The run to show: the one asked for, else the one that runs, else the newest; None where there is none."""
+        """The run to show: the one asked for, else the one that runs, else the first; None where there is none."""
         jobs = self.jobs() if jobs is None else jobs
         by_name = {job.folder.name: job for job in jobs}
         if memory.get("run") in by_name:

@@ -234,6 +234,13 @@ def test_without_runs_the_page_invites_to_start_one(site: Site, screen: TrainScr
     assert "command at home" in look(nowhere, screen, NOTHING, Watch())[screen.runs]
 
 
+def test_prepared_runs_are_in_order_of_their_names_and_others_newest_first(write_run: RunWriter, site: Site) -> None:
+    for name in ("b", "a", "c"):
+        write_run(name)
+    assert [job.name for job in replace(site, demo=True).jobs()] == ["a", "b", "c"]
+    assert site.jobs()[0].name == "c"
+
+
 def test_overlaid_runs_are_in_every_plot(write_run: RunWriter, site: Site) -> None:
     one, two = opened(write_run("one")), opened(write_run("two", kl_weight=1.0))
     alone, both = plots_html(one, [], verdict_of(one)), plots_html(one, [two], verdict_of(one))
