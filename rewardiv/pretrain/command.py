@@ -173,7 +173,7 @@ def build_clip(job: Job) -> None:
 
 
 def build_rewards(job: Job) -> None:
-    """checkpoints/emoji-rewards/vivid and calm."""
+    """checkpoints/emoji-rewards: what the preset's LoRAs are trained on."""
     from rewardiv.pretrain import preferences
     from rewardiv.pretrain.presets import PRESETS
 

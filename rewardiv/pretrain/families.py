@@ -71,7 +71,7 @@ def run(name: str, family: Family, kl_weight: float, *, output_dir: Path, work_d
         device: str, resume: bool) -> dict[str, object]:
     """Train one LoRA of a family, export its run and, without a KL weight, its weights.
 
-    As in every run, what is held out and what diversity is measured by is the CLIP in checkpoints/.
+    As in every run, the CLIP in checkpoints/ is held out and measures diversity.
 
     Args:
         name: Of the family.
