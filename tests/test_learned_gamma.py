@@ -144,13 +144,13 @@ def test_tensor_weights_sample_as_the_schedule_does(learner: Learner) -> None:
 
 def test_the_gradient_through_the_sampler_is_the_finite_difference(learner: Learner) -> None:
     """Of the loss, in which reward and diversity both count, along a direction between the gradient's and one of chance."""
-    logits = logits_of(5).requires_grad_(True)
-    loss, _, share = learner.objective(logits, 0, 1.5)
+    logits, multiplier = logits_of(5).requires_grad_(True), 4.0
+    loss, _, share = learner.objective(logits, 0, multiplier)
     (gradient,) = torch.autograd.grad(loss, logits)
-    assert 1.5 + PENALTY * (learner.keep - float(share.detach())) > 0  # so that diversity counts
+    assert multiplier + PENALTY * (learner.keep - float(share.detach())) > 0  # so that diversity counts
     unit = gradient / gradient.norm() + 0.5 * logits_of(6) / logits_of(6).norm()
     with torch.no_grad():
-        ahead, behind = (float(learner.objective(logits + step * unit, 0, 1.5)[0]) for step in (0.05, -0.05))
+        ahead, behind = (float(learner.objective(logits + step * unit, 0, multiplier)[0]) for step in (0.05, -0.05))
     assert float(gradient @ unit) == pytest.approx((ahead - behind) / 0.1, rel=0.03, abs=2e-4)
     assert gradient.abs().max() > 1e-3
 
