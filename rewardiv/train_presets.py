@@ -30,8 +30,8 @@ SDXL = {"scheduler": "euler", "guidance_scale": 5.0}
 
 TRAIN_PRESETS: dict[str, TrainPreset] = {
     "emoji": TrainPreset(
-        "Ours, for the built-in model: minutes on two CPU cores, far enough to over-optimise. As in the prepared runs, K = 6 of 6 "
-        "denoising steps make variety fall sooner.",
+        "Ours, for the built-in model: minutes on two CPU cores, far enough to over-optimise. With K = 6 of 6 denoising "
+        "steps, as in the prepared runs, variety falls sooner.",
         {"algorithm": "draft-k", "grad_steps": 1, "num_inference_steps": 10, "guidance_scale": 3.0, "scheduler": "ddim",
          "rank": 16, "lora_targets": "all", "learning_rate": 3e-3, "lr_warmup_steps": 10, "train_batch_size": 16,
          "gradient_accumulation_steps": 1, "max_train_steps": 60, "max_grad_norm": 1.0, "mixed_precision": "no"},
