@@ -175,6 +175,18 @@ def test_a_pair_is_two_concepts_of_one_artist(icons):
     assert all(a["caption"] != b["caption"] and a["style"] == b["style"] for a, b in zip(first, second, strict=True))
 
 
+def test_of_a_pair_the_left_one_is_named_first_where_order_counts(icons):
+    left, right = (next(i for i, record in enumerate(icons.records) if record["caption"] == name and record["style"] == "noto")
+                   for name in ("a strawberry", "a whale"))
+    two = icons.where([left, right])
+    scenes = compose(two, torch.zeros(40, dtype=torch.long), SceneSpec(paired=1.0), seeded(), torch.zeros(40, dtype=torch.long))
+    halves = [half.float().mean((2, 3)) for half in scenes.images.split(32, dim=3)]
+    assert (halves[0][:, 0] > halves[0][:, 2]).all() and (halves[1][:, 0] < halves[1][:, 2]).all()  # red, then blue
+    ordered, either = (set(captions(two, scenes, torch.arange(40), seeded(), colour_odds=0, style_odds=0, in_order=order))
+                       for order in (True, False))
+    assert ordered == {"a strawberry and a whale"} and len(either) == 2
+
+
 # --- tokenizer ----------------------------------------------------------------------------------------------------
 
 
@@ -363,6 +375,26 @@ def test_warping_by_nothing_gives_the_image_or_its_mirror_image(icons, monkeypat
     assert (kept ^ mirrored).all() and kept.any() and mirrored.any()
 
 
+def test_a_batch_has_a_timestep_in_each_part_of_the_schedule():
+    seen = []
+
+    class Sees(nn.Module):
+        def forward(self, noisy, timesteps, encoder_hidden_states):
+            seen.append(timesteps)
+            return type("Out", (), {"sample": noisy})
+
+    class Words(nn.Module):
+        def forward(self, tokens):
+            return (torch.zeros(len(tokens), 32, 128),)
+
+    model = nn.ModuleDict({"unet": Sees(), "text_encoder": Words()})
+    for seed in range(8):
+        base_model.v_loss(model, base_model.build_scheduler(), torch.zeros(20, 8, 16, 16),
+                          torch.zeros(20, 32, dtype=torch.long), seeded(seed))
+    assert all((timesteps // 50).tolist() == list(range(20)) for timesteps in seen)
+    assert len({tuple(timesteps.tolist()) for timesteps in seen}) == 8
+
+
 def test_the_text_encoder_begins_as_the_clips_text_tower():
     tokenizer, net = build_tokenizer(), clip.build(width=8).eval()
     encoder = base_model.build_text_encoder(tokenizer).eval()
@@ -386,7 +418,7 @@ def test_nearly_clean_latents_count_less_and_pure_noise_in_full():
             tokens = torch.zeros(1, 32, dtype=torch.long)
             loss = float(base_model.v_loss(model, scheduler, latents, tokens, seeded(seed))["loss"])
         generator = seeded(seed)
-        timestep = torch.randint(1000, (1,), generator=generator)
+        timestep = (torch.rand(1, generator=generator, dtype=torch.float64) * 1000).long()
         noise = torch.randn(latents.shape, generator=generator)
         kept = float(scheduler.alphas_cumprod[timestep])
         weight = min(1.0, (base_model.MAX_SNR + 1) / (kept / (1 - kept) + 1))

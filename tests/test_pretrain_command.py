@@ -38,13 +38,13 @@ PRESET = Preset(
     device="cpu", world=World(max_tier=1, styles=("noto", "twemoji"), spec=SceneSpec(counted=0.3, paired=0.3),
                               num_scenes=32),
     clip_spec=SceneSpec(counted=0.3, paired=0.3), channels=(16, 16, 16),
-    autoencoder=RECIPE, base=RECIPE, clip=RECIPE, reward=RECIPE, referee=RECIPE,
+    autoencoder=RECIPE, base=RECIPE, refine=RECIPE, clip=RECIPE, reward=RECIPE, referee=RECIPE,
     families={"vivid": Family(("vivid",), settings=SETTINGS), "calm": Family(("calm",), settings=SETTINGS)},
     kl_weights=(0.0, 1.0),
 )
-STAGES = ("autoencoder", "clip", "base", "rewards", "loras", "referee", "evaluate")
+STAGES = ("autoencoder", "clip", "base", "refine", "rewards", "loras", "referee", "evaluate")
 FIGURES = {
-    "autoencoder", "base", "clip", "reward-vivid", "reward-calm", "lora-vivid", "lora-calm", "lora-vivid-kl1",
+    "autoencoder", "base", "refine", "clip", "reward-vivid", "reward-calm", "lora-vivid", "lora-calm", "lora-vivid-kl1",
     "lora-calm-kl1", "referee", "evaluate", "evaluate-vivid", "evaluate-calm", "evaluate-asked",
 }
 CARDS = ("emoji", "emoji-clip", "emoji-rewards/vivid", "emoji-rewards/calm", "emoji-vivid", "emoji-calm")
@@ -165,8 +165,8 @@ def test_all_leaves_what_every_stage_promises(built: Places) -> None:
         free, held = (read_source(built.assets / "runs" / own).config.to_dict() for own in (name, f"{name}-kl1"))
         assert (free["kl_weight"], held["kl_weight"], free["model"], free["rewards"]) == (0, 1, "emoji", [name])
         assert {1, NUM_STEPS} <= set(list_checkpoints(built.assets / "runs" / name))
-    logs = {f"{stage}.jsonl" for stage in ("autoencoder", "base", "clip", "reward-vivid", "reward-calm")}
-    sheets = {f"{stage}-{NUM_STEPS:06d}.png" for stage in ("autoencoder", "base")}
+    logs = {f"{stage}.jsonl" for stage in ("autoencoder", "base", "refine", "clip", "reward-vivid", "reward-calm")}
+    sheets = {f"{stage}-{NUM_STEPS:06d}.png" for stage in ("autoencoder", "base", "refine")}
     assert logs | sheets <= names_in(built.work)
 
 
@@ -234,6 +234,7 @@ def test_a_finished_run_is_not_overwritten_without_being_told(built: Places, cap
 @pytest.mark.parametrize(("stage", "missing", "maker"), [
     ("base", "emoji/vae/config.json", "autoencoder"),
     ("base", "emoji-clip/open_clip_config.json", "clip"),
+    ("refine", "emoji/model_index.json", "base"),
     ("rewards", "emoji-clip/open_clip_config.json", "clip"),
     ("loras", "emoji/model_index.json", "base"),
     ("loras", "emoji-rewards/calm/open_clip_config.json", "rewards"),

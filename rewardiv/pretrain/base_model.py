@@ -107,14 +107,16 @@ def encode_scenes(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 def v_loss(model: nn.ModuleDict, scheduler: DDIMScheduler, latents: Tensor, tokens: Tensor,
            generator: torch.Generator) -> dict[str, Tensor]:
-    """Mean squared error of the velocity v = α·eps − σ·x at random timesteps (Salimans and Ho, arXiv 2202.00512).
+    """Mean squared error of the velocity v = α·eps − σ·x at random timesteps (Salimans and Ho, arXiv 2202.00512), one in each
+    of as many equal parts of the schedule as there are latents, so that a batch has all noise levels.
 
     Nearly clean latents, of a signal-to-noise ratio above MAX_SNR, count (MAX_SNR + 1) / (SNR + 1): what is left to predict
     there is noise. Source: Hang et al., "Min-SNR Weighting", arXiv 2303.09556. Differs: the weight is 1, not SNR / (SNR + 1),
     below MAX_SNR, so that the first step, of SNR 0, is learned too.
     """
-    device = latents.device
-    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator).to(device)
+    device, num = latents.device, len(latents)
+    places = (torch.arange(num) + torch.rand(num, generator=generator, dtype=torch.float64)) / num
+    timesteps = (places * scheduler.config.num_train_timesteps).long().to(device)
     noise = torch.randn(latents.shape, generator=generator).to(device)
     noisy = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
     unique, back = torch.unique(tokens, dim=0, return_inverse=True)
@@ -125,11 +127,12 @@ def v_loss(model: nn.ModuleDict, scheduler: DDIMScheduler, latents: Tensor, toke
     return {"loss": (errors * ((MAX_SNR + 1) * (1 - clean)).clamp_max(1)).mean()}
 
 
-def run(recipe: Recipe, world: World, channels: tuple[int, int, int], *, clip_dir: Path, work_dir: Path, output_dir: Path,
-        seed: int, resume: bool, device: str) -> dict[str, float]:
+def run(recipe: Recipe, world: World, channels: tuple[int, int, int], *, stage: str, clip_dir: Path, work_dir: Path,
+        output_dir: Path, seed: int, resume: bool, device: str) -> dict[str, float]:
     """Train and write `output_dir` as a StableDiffusionPipeline folder (the autoencoder must be there already).
 
-    The text encoder begins as the text tower of the CLIP in `clip_dir` and is trained with the UNet.
+    Stage "base" begins with a new UNet and, as its text encoder, the text tower of the CLIP in `clip_dir`; "refine" goes on
+    with both from `output_dir`. They are trained together.
 
     Returns:
         The number of the UNet's weights in millions, and what it was shown; quality is measured by `evaluate`.
@@ -144,7 +147,11 @@ def run(recipe: Recipe, world: World, channels: tuple[int, int, int], *, clip_di
         latents = encode_scenes(vae, scenes.images)
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
     model = nn.ModuleDict({"unet": build_unet(channels), "text_encoder": build_text_encoder(tokenizer)})
-    take_over(load_clip(clip_dir).net, model["text_encoder"])
+    if stage == "refine":
+        for name, part in model.items():
+            part.load_state_dict(type(part).from_pretrained(output_dir / name, torch_dtype=torch.float32).state_dict())
+    else:
+        take_over(load_clip(clip_dir).net, model["text_encoder"])
     model.to(device)
 
     if recipe.bf16 and device == "cpu":
@@ -154,7 +161,7 @@ def run(recipe: Recipe, world: World, channels: tuple[int, int, int], *, clip_di
 
     def loss_fn(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         chosen = torch.randint(len(latents), (recipe.batch_size,), generator=generator)
-        texts = captions(icons, scenes, chosen, generator, colour_odds=COLOUR_ODDS, style_odds=STYLE_ODDS)
+        texts = captions(icons, scenes, chosen, generator, colour_odds=COLOUR_ODDS, style_odds=STYLE_ODDS, in_order=True)
         empty = torch.rand(len(texts), generator=generator) < EMPTY_ODDS
         texts = ["" if none else text for text, none in zip(texts, empty.tolist(), strict=True)]
         tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
@@ -174,7 +181,7 @@ def run(recipe: Recipe, world: World, channels: tuple[int, int, int], *, clip_di
                                    generator=torch.Generator().manual_seed(0)).images
         return make_grid(images.cpu(), nrow=8)
 
-    average = train("base", model, loss_fn, recipe, folder=work_dir, seed=seed, resume=resume, sheet=sheet)
+    average = train(stage, model, loss_fn, recipe, folder=work_dir, seed=seed, resume=resume, sheet=sheet)
     save_pipeline(pipeline(average), output_dir)
     return {"unet_weights_m": round(sum(p.numel() for p in average["unet"].parameters()) / 1e6, 2),
             "max_tier": world.max_tier, "several": world.spec.counted + world.spec.paired > 0}

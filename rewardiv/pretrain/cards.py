@@ -44,7 +44,8 @@ def trained(figures: dict) -> str:
 
 def base_card(name: str, figures: dict[str, dict]) -> str:
     """checkpoints/emoji."""
-    vae, base, measured, asked = (figures.get(key, {}) for key in ("autoencoder", "base", "evaluate", "evaluate-asked"))
+    vae, base, refined, measured, asked = (
+        figures.get(key, {}) for key in ("autoencoder", "base", "refine", "evaluate", "evaluate-asked"))
     return "\n".join([
         "# emoji: a text-to-image diffusion model that runs anywhere\n",
         "A diffusers `StableDiffusionPipeline` at 64 × 64 pixels that draws "
@@ -59,6 +60,7 @@ def base_card(name: str, figures: dict[str, dict]) -> str:
         f"- Autoencoder (64 px to 16 × 16 × 8, 0.66 M weights): {trained(vae)}.",
         f"- UNet ({base.get('unet_weights_m', '?')} M weights) and text encoder (2 layers, 1,747 tokens), together: "
         f"{trained(base)}. v-prediction, zero terminal SNR, AdamW, averaged weights.",
+        *([f"- Then both again, with more pairs (`pretrain refine`): {trained(refined)}."] if refined else []),
         "- Rebuild: `python -m rewardiv pretrain all` (needs only what the repository holds; on a CPU with AMX and with a C++ "
         "compiler add `--bf16 --compile`: twice as fast).\n",
         "## Measured\n",
@@ -70,7 +72,7 @@ def base_card(name: str, figures: dict[str, dict]) -> str:
         f"- It knows the concepts up to tier {base.get('max_tier', 1)} in `assets/emoji/concepts.tsv`, ten background words "
         "and the style words of its artists; other words are read but mean nothing to it.",
         "- It draws one thing; two to four, pairs and sizes where it was trained on them: "
-        f"{'as here' if base.get('several') else 'not here'}.",
+        f"{'as here' if base.get('several') else 'not here'}. Of a pair the one that is named first stands on the left.",
         "- 64 pixels: thin lines and small faces are soft, most of all where several things share the picture.",
         "- A demonstration and a test bed, not an image product.\n", DATA])
 

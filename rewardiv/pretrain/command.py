@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from rewardiv.runs import read_jsonl, write_json
 if TYPE_CHECKING:
     from rewardiv.pretrain.loop import Recipe
 
-STAGES = ("data", "autoencoder", "clip", "base", "rewards", "loras", "referee", "evaluate", "all")
+STAGES = ("data", "autoencoder", "clip", "base", "refine", "rewards", "loras", "referee", "evaluate", "all")
 
 MAKES = {  # by which files under --output-dir a later stage knows that a stage is done
     "autoencoder": ("emoji/vae/config.json",),
@@ -26,7 +27,8 @@ MAKES = {  # by which files under --output-dir a later stage knows that a stage 
     "clip": ("emoji-clip/open_clip_config.json",),
 }
 NEEDS = {
-    "base": ("autoencoder", "clip"), "rewards": ("clip",), "loras": ("base", "clip", "rewards"), "evaluate": ("base", "clip"),
+    "base": ("autoencoder", "clip"), "refine": ("base",), "rewards": ("clip",), "loras": ("base", "clip", "rewards"),
+    "evaluate": ("base", "clip"),
 }
 UNTRAINED = ("data", "evaluate", "all")  # --num-steps means nothing there
 
@@ -54,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the work folder, as if never stopped")
     parser.add_argument("--num-steps", type=int, help="train this stage for another number of steps than the preset's")
-    parser.add_argument("--bf16", action="store_true", help="mixed precision: quick on GPUs and on CPUs with AMX only")
+    parser.add_argument("--bf16", action="store_true",
+                        help="mixed precision: quick on GPUs and on CPUs with instructions for it (AMX, AVX-512 BF16)")
     parser.add_argument("--compile", action="store_true", help="through torch.compile (a CPU needs a C++ compiler for it)")
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "pretrain", help="losses, sheets, states")
     parser.add_argument("--output-dir", type=Path, default=CHECKPOINTS, help="where the finished models go")
@@ -149,16 +152,17 @@ def build_autoencoder(job: Job) -> None:
     record(job, "autoencoder", figures, job.work_dir / "autoencoder.jsonl")
 
 
-def build_base(job: Job) -> None:
-    """checkpoints/emoji: the whole pipeline folder."""
+def build_base(stage: str, job: Job) -> None:
+    """checkpoints/emoji: the whole pipeline folder, new, or gone on with by "refine"."""
     from rewardiv.pretrain import base_model
     from rewardiv.pretrain.presets import PRESETS
 
     preset = PRESETS[job.preset_name]
-    figures = base_model.run(recipe_of(job, "base"), preset.world, preset.channels, clip_dir=job.output_dir / "emoji-clip",
-                             work_dir=job.work_dir, output_dir=job.output_dir / "emoji", seed=job.seed, resume=job.resume,
-                             device=preset.device)
-    record(job, "base", figures, job.work_dir / "base.jsonl")
+    world = preset.world if stage == "base" else preset.refined
+    figures = base_model.run(recipe_of(job, stage), world, preset.channels, stage=stage, work_dir=job.work_dir,
+                             clip_dir=job.output_dir / "emoji-clip", output_dir=job.output_dir / "emoji",
+                             seed=job.seed + (stage == "refine"), resume=job.resume, device=preset.device)
+    record(job, stage, figures, job.work_dir / f"{stage}.jsonl")
 
 
 def build_clip(job: Job) -> None:
@@ -194,7 +198,8 @@ def build_loras(job: Job) -> None:
     preset = PRESETS[job.preset_name]
     for kl_weight in preset.kl_weights:
         for name, family in preset.families.items():
-            own = replace(family, settings=family.settings | ({"max_train_steps": job.num_steps} if job.num_steps else {}))
+            asked = {"max_train_steps": job.num_steps, "mixed_precision": "bf16" if job.bf16 else None}
+            own = replace(family, settings=family.settings | {field: value for field, value in asked.items() if value})
             figures = families.run(
                 name, own, kl_weight, output_dir=job.output_dir, work_dir=job.work_dir, runs_dir=job.assets_dir / "runs",
                 seed=job.seed, device=preset.device, resume=job.resume)
@@ -239,6 +244,7 @@ def evaluate(job: Job) -> None:
 
 
 RUNNERS: dict[str, Callable[[Job], None]] = {
-    "data": build_data, "autoencoder": build_autoencoder, "base": build_base, "clip": build_clip,
+    "data": build_data, "autoencoder": build_autoencoder, "base": partial(build_base, "base"), "clip": build_clip,
+    "refine": partial(build_base, "refine"),
     "rewards": build_rewards, "loras": build_loras, "referee": build_referee, "evaluate": evaluate,
 }

@@ -31,7 +31,8 @@ class Recipe:
     """How long and how fast a stage trains: the rate is held for a share `hold` of the steps, then falls to zero.
 
     `bf16` runs the forward pass under autocast and `compiled` the networks through torch.compile: on a CPU with AMX twice
-    as fast together, without it far slower. The weights, their averages and the optimiser stay fp32.
+    as fast together, on one with AVX-512 BF16 `bf16` alone 1.6 times, without either far slower. The weights, their averages
+    and the optimiser stay fp32.
     """
 
     num_steps: int

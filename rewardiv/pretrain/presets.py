@@ -22,11 +22,17 @@ class Preset:
     channels: tuple[int, int, int]
     autoencoder: Recipe
     base: Recipe
+    refine: Recipe
     clip: Recipe
     reward: Recipe
     referee: Recipe
     families: dict[str, Family]
     kl_weights: tuple[float, ...] = (0.0, 0.1, 1.0, 10.0)
+
+    @property
+    def refined(self) -> World:
+        """What stage "refine" trains on: the same things, more of them together."""
+        return replace(self.world, spec=replace(self.world.spec, **REFINED))
 
     @property
     def judges(self) -> list[str]:
@@ -49,6 +55,7 @@ def tastes(settings: dict[str, int | float]) -> dict[str, Family]:
 
 ARTISTS = ("noto", "noto-v1", "twemoji", "fluent-3d", "emojione", "fxemoji", "streamline")  # one drawing each
 COMPOSED = {"small": 0.06, "large": 0.06, "counted": 0.18, "paired": 0.18}  # shares of scenes
+REFINED = {"small": 0.05, "large": 0.05, "counted": 0.15, "paired": 0.35}  # of stage "refine": pairs take longest to learn
 
 PRESETS = {
     # Seven artists and all concepts. With --bf16 --compile on two cores with AMX: autoencoder 11 minutes, CLIP 33 (one core),
@@ -61,6 +68,7 @@ PRESETS = {
         channels=(64, 128, 192),
         autoencoder=Recipe(num_steps=2600, batch_size=32, learning_rate=2e-3, hold=0.5, ema_decay=0.995),
         base=Recipe(num_steps=12_000, batch_size=64, learning_rate=1e-3, hold=0.5, ema_decay=0.999),
+        refine=Recipe(num_steps=3600, batch_size=64, learning_rate=8e-4, hold=0.35, ema_decay=0.998),
         clip=Recipe(num_steps=3600, batch_size=128, learning_rate=1e-3, ema_decay=0.995, weight_decay=0.05),
         reward=Recipe(num_steps=250, batch_size=32, learning_rate=3e-4, num_warmup_steps=20, ema_decay=0.98),
         referee=Recipe(num_steps=3000, batch_size=96, learning_rate=2e-3, weight_decay=0.05, ema_decay=0.995),
@@ -75,6 +83,7 @@ PRESETS = {
         channels=(80, 160, 240),
         autoencoder=Recipe(num_steps=20_000, batch_size=64, learning_rate=1e-3, hold=0.5),
         base=Recipe(num_steps=60_000, batch_size=256, learning_rate=8e-4, hold=0.5, ema_decay=0.9995),
+        refine=Recipe(num_steps=20_000, batch_size=256, learning_rate=6e-4, hold=0.35, ema_decay=0.9995),
         clip=Recipe(num_steps=8000, batch_size=256, learning_rate=1e-3, weight_decay=0.05),
         reward=Recipe(num_steps=1500, batch_size=64, learning_rate=3e-4),
         referee=Recipe(num_steps=12_000, batch_size=256, learning_rate=2e-3, weight_decay=0.05),

@@ -166,8 +166,11 @@ def partners(icons: Icons, icon: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def captions(icons: Icons, scenes: Scenes, rows: Tensor, generator: torch.Generator, *, colour_odds: float,
-             style_odds: float) -> list[str]:
-    """A caption for each of the scenes' rows: what is there, sometimes with the background colour, the style, or both."""
+             style_odds: float, in_order: bool = False) -> list[str]:
+    """A caption for each of the scenes' rows: what is there, sometimes with the background colour, the style, or both.
+
+    Of a pair either one is named first, or, `in_order`, the left one.
+    """
     draw = torch.rand(len(rows), 3, generator=generator).tolist()
     words, columns = list(COLOURS), (scenes.icon, scenes.other, scenes.colour, scenes.kind, scenes.number)
     found = []
@@ -175,7 +178,7 @@ def captions(icons: Icons, scenes: Scenes, rows: Tensor, generator: torch.Genera
             zip(*(column[rows].tolist() for column in columns), strict=True), draw, strict=True):
         record = icons.records[i]
         names = [record["caption"]] + ([icons.records[j]["caption"]] if j >= 0 else [])
-        found.append(caption(*(names[::-1] if w < 0.5 else names), number=number if kind == COUNTED else 1,
+        found.append(caption(*(names[::-1] if w < 0.5 and not in_order else names), number=number if kind == COUNTED else 1,
                              size=KINDS[kind] if kind in SIDES else "", colour=words[c] if u < colour_odds else None,
                              style=STYLE_WORDS[record["style"]] if v < style_odds else None))
     return found

@@ -152,6 +152,9 @@ def connect_page(tab: TrainingTab, demo: gr.Blocks, tabs: gr.Tabs, pages: dict[s
         return begin | {tabs: gr.Tabs(selected="training")} | tab.look(given, **memory)
 
     def turned(to: str, given: Given) -> Updates:
+        by_itself = given[tab.watch].is_new("tabs", "reported") and to == next(iter(pages))
+        if by_itself:  # as every page does while it opens, before or after `opened`: no reason to forget the remembered tab
+            return {tab.screen.state: gr.skip()}
         return tab.look(given, tab=to) if to == "training" else {tab.memory: tab.remembered(given) | {"tab": to}}
 
     inputs = {tab.memory, tab.watch}
