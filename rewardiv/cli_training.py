@@ -23,7 +23,7 @@ from rewardiv import jobs
 from rewardiv.config import ALGORITHMS, LORA_TARGETS, TRACKERS, TRAIN_SCHEDULERS, TrainConfig
 from rewardiv.devices import check_device_name, pick_device
 from rewardiv.errors import UserError
-from rewardiv.registry import ROOT, known
+from rewardiv.registry import PROMPTS, ROOT, known
 from rewardiv.runs import Orders
 from rewardiv.supervisor import follow, silent, supervise
 from rewardiv.train_presets import TRAIN_PRESETS, preset_config
@@ -38,7 +38,7 @@ TRAIN_OPTIONS = {
         "output_dir": "the run's folder; the finished LoRA is its pytorch_lora_weights.safetensors",
         "rewards": "what to train on: a known reward, a preference model's folder or votes:STUDY[:QUESTION], people's votes; "
                    "repeat it for a mixture, with weights",
-        "prompts_file": "one prompt a line; none is the built-in list",
+        "prompts_file": "one prompt a line, or the name of a set that ships (emoji, emoji-composed); none is emoji",
         "max_train_steps": "optimiser steps",
         "seed": "decides prompts and noise of every step",
         "device": "auto, cpu, cuda or cuda:N",
@@ -142,7 +142,7 @@ def _anchored(config: TrainConfig) -> TrainConfig:
     models, rewards = known().models, known().rewards
     weighted = [text.partition("=") for text in config.rewards]
     return replace(
-        config, model=place(config.model, models), prompts_file=place(config.prompts_file),
+        config, model=place(config.model, models), prompts_file=place(config.prompts_file, PROMPTS),
         rewards=tuple(place(name, rewards) + equals + weight for name, equals, weight in weighted),
         probe_rewards=tuple(place(name, rewards) for name in config.probe_rewards),
     )

@@ -78,7 +78,7 @@ class TrainConfig(Settings):
     Attributes:
         output_dir: The run's folder.
         rewards: What to train on, each "NAME" or "NAME=WEIGHT"; several are standardised before they are mixed.
-        prompts_file: One prompt a line; "" is the built-in list.
+        prompts_file: One prompt a line, or the name of a set that ships, such as emoji-composed; "" is emoji.
         grad_batch_size: Images whose gradient is taken at once. They are drawn train_batch_size at a time as far as that needs
             no gradient, so peak memory hardly grows with the batch; only rounding and dropout depend on it.
         algorithm: One of ALGORITHMS; grad_steps counts for draft-k, lv_noisings for draft-lv, refl_window (the last share of

@@ -22,9 +22,9 @@ import psutil
 
 from rewardiv import hub
 from rewardiv.config import TrainConfig
-from rewardiv.errors import UserError
+from rewardiv.errors import UserError, nearest
 from rewardiv.records import CONFIG_NAME, JOB_NAMES
-from rewardiv.registry import LORA_FILE, ROOT, VOTES, find_model, find_reward
+from rewardiv.registry import LORA_FILE, PROMPTS, ROOT, VOTES, find_model, find_reward, prompts_path
 from rewardiv.runs import check_new_dir, locked, new_dir, open_log, remove_dir, write_json
 
 STATE, CONTROL, LOG = JOB_NAMES
@@ -255,8 +255,9 @@ def check_settings(config: TrainConfig) -> None:
     for entry in (find_model(config.model), *map(find_reward, (*config.reward_weights, *config.probe_rewards))):
         if entry.sources:
             hub.local_paths(entry)
-    if config.prompts_file and not (ROOT / config.prompts_file).is_file() and not Path(config.prompts_file).is_file():
-        raise UserError(f"no prompts file {config.prompts_file}")
+    prompts = prompts_path(config.prompts_file)
+    if prompts and not (ROOT / prompts).is_file() and not Path(prompts).is_file():
+        raise UserError(f"no prompts file {prompts}, and no set of prompts of that name{nearest(prompts, PROMPTS)}")
 
 
 def last_log_line(folder: str | Path) -> str:

@@ -213,6 +213,14 @@ PROMPTS: dict[str, PromptsEntry] = {
         (Source("zhwang/HPDv2", files=tuple(f"benchmark/{style}.json" for style in HPS_STYLES), repo_type="dataset"),),
         274_547 / hub.GIB, "Apache-2.0"),
 }
+
+
+def prompts_path(name: str) -> str:
+    """The file of the prompts that ship under this name; what isn't such a name is a file already."""
+    entry = PROMPTS.get(name)
+    return entry.path if entry and not entry.sources else name
+
+
 MARKER_FILES: dict[type, str] = {
     ModelEntry: "model_index.json", LoraEntry: LORA_FILE, RewardEntry: "open_clip_model.safetensors",
     PromptsEntry: "prompts.txt",

@@ -27,7 +27,7 @@ from rewardiv.records import (
     list_steps,
     probe_dir,
 )
-from rewardiv.registry import LORA_FILE
+from rewardiv.registry import LORA_FILE, PROMPTS
 from rewardiv.runs import new_dir, write_atomic, write_bytes, write_json, write_text
 from rewardiv.verdicts import best_tradeoff
 
@@ -39,7 +39,7 @@ def export_run(run_dir: str | Path, output_dir: str | Path, *, checkpoints: Coll
 
     Of the checkpoints only the last, the one of the best trade-off and the named ones come along, as LoRAs in fp16 that can
     be sampled but not trained on; probe grids get a palette of NUM_COLOURS colours. Process, machine and log stay behind, and
-    of the path of a prompts file, a local model or reward only the last part is kept.
+    of the path of a prompts file, a local model or reward only the last part is kept; prompts that ship go by their name.
 
     Args:
         run_dir: The run's folder.
@@ -79,8 +79,10 @@ def _portable(config: TrainConfig, name: str) -> dict[str, Any]:
     model = Path(config.model).name if Path(config.model).is_absolute() else config.model
     rewards, held_out = (tuple(without_places(reward, config) for reward in names)
                          for names in (config.rewards, config.probe_rewards))
-    return replace(config, output_dir=name, prompts_file=Path(config.prompts_file).name, model=model, rewards=rewards,
-                   probe_rewards=held_out, resume_from_checkpoint="").to_dict()
+    shipped = {entry.path: name for name, entry in PROMPTS.items()}
+    prompts = shipped.get(config.prompts_file) or Path(config.prompts_file).name
+    return replace(config, output_dir=name, prompts_file=prompts, model=model, rewards=rewards, probe_rewards=held_out,
+                   resume_from_checkpoint="").to_dict()
 
 
 def _shown_steps(run: Source) -> set[int]:

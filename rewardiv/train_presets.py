@@ -30,11 +30,12 @@ SDXL = {"scheduler": "euler", "guidance_scale": 5.0}
 
 TRAIN_PRESETS: dict[str, TrainPreset] = {
     "emoji": TrainPreset(
-        "Ours, for the built-in model: minutes on two CPU cores, far enough to over-optimise. With K = 6 of 6 denoising "
-        "steps, as in the prepared runs, variety falls sooner.",
-        {"algorithm": "draft-k", "grad_steps": 1, "num_inference_steps": 10, "guidance_scale": 3.0, "scheduler": "ddim",
-         "rank": 16, "lora_targets": "all", "learning_rate": 3e-3, "lr_warmup_steps": 10, "train_batch_size": 16,
-         "gradient_accumulation_steps": 1, "max_train_steps": 60, "max_grad_norm": 1.0, "mixed_precision": "no"},
+        "Ours, for the built-in model, as the prepared runs: minutes on two CPU cores, far enough to over-optimise. K is 6 of "
+        "6 denoising steps: through the last ones alone the reward is hacked too, but pictures stay as various.",
+        {"algorithm": "draft-k", "grad_steps": 6, "num_inference_steps": 6, "guidance_scale": 3.0, "scheduler": "ddim",
+         "rank": 4, "lora_targets": "all", "learning_rate": 3e-3, "lr_warmup_steps": 10, "train_batch_size": 8,
+         "grad_batch_size": 8, "gradient_accumulation_steps": 1, "max_train_steps": 80, "max_grad_norm": 1.0,
+         "mixed_precision": "no", "checkpointing_steps": 10},
     ),
     "draft-sd1": TrainPreset(
         "Jena et al. (arXiv:2409.06493), the authors' launch scripts for SD 1.x: batch 2 x 8 GPUs x 4 = 64, PickScore or "

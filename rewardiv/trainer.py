@@ -42,7 +42,7 @@ from rewardiv.records import (
     list_checkpoints,
     probe_dir,
 )
-from rewardiv.registry import ROOT
+from rewardiv.registry import prompts_path
 from rewardiv.runs import Orders, append_jsonl, check_new_dir, clear_leftovers, cut_jsonl, new_dir, write_atomic, write_json
 from rewardiv.trackers import check_tracker, open_tracker, probe_numbers, step_numbers
 from rewardiv.verdicts import ProbeRecord, collapse_onset
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
 LOG = logging.getLogger(__name__)
-DEFAULT_PROMPTS = ROOT / "assets" / "emoji" / "prompts.txt"
+DEFAULT_PROMPTS = "emoji"
 FREE_ON_RESUME = {  # settings that a resumed run may change
     "output_dir", "device", "max_train_steps", "learning_rate", "lr_warmup_steps", "max_grad_norm", "max_rollbacks",
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "probe_every", "diversity_floor", "report_to",
@@ -146,7 +146,7 @@ def estimate(config: TrainConfig) -> Estimate:
         UserError: For what `train` refuses at once, but for the output folder; or if the steps fail.
     """
     check_tracker(config.report_to)
-    prompts = read_prompts(config.prompts_file or DEFAULT_PROMPTS)
+    prompts = read_prompts(prompts_path(config.prompts_file or DEFAULT_PROMPTS))
     on_gpu = config.device.startswith("cuda")
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(config.device)
@@ -177,7 +177,7 @@ def check_start(config: TrainConfig) -> Start:
     """
     check_tracker(config.report_to)
     resumed = bool(config.resume_from_checkpoint) and (Path(config.output_dir) / CONFIG_NAME).exists()
-    prompts = check_resumed(config) if resumed else read_prompts(config.prompts_file or DEFAULT_PROMPTS)
+    prompts = check_resumed(config) if resumed else read_prompts(prompts_path(config.prompts_file or DEFAULT_PROMPTS))
     checkpoint = find_checkpoint(config.output_dir, config.resume_from_checkpoint) if config.resume_from_checkpoint else None
     if not resumed:
         check_new_dir(config.output_dir, besides=JOB_NAMES)

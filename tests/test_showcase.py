@@ -17,10 +17,10 @@ from rewardiv.errors import UserError
 from rewardiv.jobs import list_jobs
 from rewardiv.publish import write_card
 from rewardiv.records import list_checkpoints, list_steps
-from rewardiv.registry import LORA_FILE
+from rewardiv.registry import LORA_FILE, PROMPTS, prompts_path
 from rewardiv.runs import read_jsonl
 from rewardiv.showcase import export_run
-from rewardiv.trainer import train
+from rewardiv.trainer import read_prompts, train
 
 RECORDS = ("config.json", "metrics.jsonl", "probes.jsonl")
 
@@ -65,6 +65,17 @@ def test_nothing_of_the_machine_comes_along(run_dir: Path, tmp_path: Path) -> No
     settings = json.loads((shown / "config.json").read_text())["settings"]
     assert settings["prompts_file"] == "prompts.txt" and settings["model"] == Path(settings["model"]).name
     assert not any(shown.rglob("state.pt")) and not (shown / "log.txt").exists()
+
+
+def test_prompts_that_ship_go_by_their_name_and_are_found_by_it(run_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_dir, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    saved = json.loads(path.read_text())
+    saved["settings"]["prompts_file"] = PROMPTS["emoji-composed"].path
+    path.write_text(json.dumps(saved))
+    shown = export_run(tmp_path / "run", tmp_path / "shown")
+    name = json.loads((shown / "config.json").read_text())["settings"]["prompts_file"]
+    assert name == "emoji-composed" and read_prompts(prompts_path(name)) == Path(PROMPTS[name].path).read_text().splitlines()
 
 
 @pytest.mark.parametrize("place", ["/home/someone/rewards/warm", "/home/someoné/rewards/warm"])

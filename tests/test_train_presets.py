@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from rewardiv.config import TrainConfig
 from rewardiv.errors import UserError
 from rewardiv.train_presets import TRAIN_PRESETS, preset_config
+from rewardiv.ui import PREPARED_RUNS
 
 
 @pytest.mark.parametrize("name", TRAIN_PRESETS)
@@ -20,8 +22,12 @@ def test_every_preset_is_a_valid_run_with_a_source(name: str) -> None:
     assert not {"model", "rewards", "output_dir", "device"} & preset.settings.keys()
 
 
-def test_the_built_in_model_s_preset_is_the_default() -> None:
-    assert preset_config("emoji", output_dir="run") == TrainConfig(output_dir="run")
+@pytest.mark.parametrize("name", ["vivid", "calm"])
+def test_the_built_in_model_s_preset_makes_what_ships(name: str) -> None:
+    """But for its precision, which is a matter of the machine."""
+    shipped = json.loads((PREPARED_RUNS / name / "config.json").read_text())["settings"]
+    ours = preset_config("emoji", output_dir=name, rewards=(name,), mixed_precision=shipped["mixed_precision"])
+    assert ours == TrainConfig.from_dict(shipped | {"prompts_file": ""})
 
 
 def test_what_is_set_goes_before_the_preset() -> None:

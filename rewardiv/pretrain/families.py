@@ -25,6 +25,7 @@ from rewardiv.registry import LORA_FILE
 from rewardiv.runs import Orders, read_jsonl, replaced_dir
 from rewardiv.showcase import export_run
 from rewardiv.supervisor import supervise
+from rewardiv.train_presets import Setting
 from rewardiv.trainer import train
 
 EARLY = (0.1, 0.2, 0.5)  # shares of a free LoRA's steps whose checkpoints are shown too
@@ -37,7 +38,7 @@ class Family:
 
     rewards: tuple[str, ...]
     prompts: str = "prompts.txt"
-    settings: dict[str, int | float] = field(default_factory=dict)
+    settings: dict[str, Setting] = field(default_factory=dict)
 
     @property
     def taste(self) -> str:

@@ -10,6 +10,7 @@ from rewardiv.pretrain.data import PACKS
 from rewardiv.pretrain.families import Family
 from rewardiv.pretrain.layouts import SceneSpec
 from rewardiv.pretrain.loop import Recipe
+from rewardiv.train_presets import TRAIN_PRESETS, Setting
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,11 @@ class Preset:
         return list(dict.fromkeys(reward for family in self.families.values() for reward in family.rewards))
 
 
-# DRaFT through every step: through the last ones alone, vivid's backgrounds stay as various as the base's for 100 steps.
-CPU_LORA = {"max_train_steps": 80, "train_batch_size": 8, "grad_batch_size": 8, "num_inference_steps": 6, "grad_steps": 6,
-            "learning_rate": 3e-3, "rank": 4, "checkpointing_steps": 10}
+CPU_LORA = TRAIN_PRESETS["emoji"].settings
 GPU_LORA = CPU_LORA | {"train_batch_size": 32, "grad_batch_size": 32, "num_inference_steps": 12, "grad_steps": 12}
 
 
-def tastes(settings: dict[str, int | float]) -> dict[str, Family]:
+def tastes(settings: dict[str, Setting]) -> dict[str, Family]:
     """Four families of LoRAs, with DRaFT's settings."""
     return {"vivid": Family(("vivid",), settings=settings), "calm": Family(("calm",), settings=settings),
             "exact": Family(("exact",), "prompts-composed.txt", settings),

@@ -49,7 +49,7 @@ LABELS: dict[str, Label] = {
     "max_train_steps": Label("Training steps"),
     "learning_rate": Label("Learning rate"),
     "probe_every": Label("Probe every … steps"),
-    "prompts_file": Label("File of prompts", "one a line; empty is the built-in list"),
+    "prompts_file": Label("Prompts", "a file, one a line, or a set's name: emoji-composed; empty is emoji"),
     "train_batch_size": Label("Images a batch"),
     "gradient_accumulation_steps": Label("Batches a step"),
     "grad_batch_size": Label("Gradients at once", "of so many images: fewer is less memory"),

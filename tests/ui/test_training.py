@@ -104,6 +104,7 @@ def test_a_preset_fills_the_form_with_its_settings_and_leaves_name_model_and_rew
     ({"regulariser": "kl", "more_regularisers": "kl=2"}, "twice"),
     ({"more_regularisers": "path-kl"}, "path-kl=0.1"),
     ({"prompts_file": "/no/such/file"}, "prompts"),
+    ({"prompts_file": "emoji-compsed"}, "did you mean 'emoji-composed'"),
     ({"device": "cpu", "mixed_precision": "fp16"}, "CUDA"),
 ])
 def test_a_mistake_in_the_form_is_one_sentence(change: dict, said: str, tmp_path: Path) -> None:
