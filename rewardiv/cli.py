@@ -33,7 +33,7 @@ examples:
   python -m rewardiv score --reward vivid --prompt "a cat face" cats/images/base/*.png
   python -m rewardiv sweep --max-prompts 8 --method aig:power:1..8/4log --method lora:0.25..0.75/3 --output-dir frontier
   python -m rewardiv search --keep 0.6 --by bisection --output-dir best-gamma
-  python -m rewardiv train --reward vivid --max-train-steps 60 --output-dir runs/vivid"""
+  python -m rewardiv train --preset emoji --reward vivid --output-dir runs/vivid"""
 METHODS_HELP = """\
 methods:
   base               the base model
