@@ -349,12 +349,25 @@ def test_the_referee_reads_backgrounds_and_never_trains_on_the_drawings_that_mea
     scenes = compose(icons, balanced_icons(icons, 80, seeded()), referee.SPEC, seeded())
     right = referee.background(scenes.images.float() / 255) == scenes.colour
     assert right.float().mean() > 0.9
-    kept, held = referee.split_drawings(icons)
-    assert len(kept.records) + len(held.records) == len(icons.records) and set(held.concepts) == set(icons.concepts)
-    for concept in icons.concepts:
-        drawings = [{referee.DRAWING_OF.get(r["style"], r["style"]) for r in part.records if r["caption"] == concept}
-                    for part in (kept, held)]
-        assert len(drawings[1]) == 1 and not drawings[0] & drawings[1]
+    unseen = []
+    for member in range(referee.NUM_MEMBERS):
+        kept, held = referee.split_drawings(icons, member)
+        assert len(kept.records) + len(held.records) == len(icons.records) and set(held.concepts) == set(icons.concepts)
+        for concept in icons.concepts:
+            drawings = [{referee.DRAWING_OF.get(r["style"], r["style"]) for r in part.records if r["caption"] == concept}
+                        for part in (kept, held)]
+            assert len(drawings[1]) == 1 and not drawings[0] & drawings[1]
+        unseen.append({(r["caption"], r["style"]) for r in held.records})
+    assert not unseen[0] & unseen[1]  # what one member hasn't seen the other one knows
+
+
+def test_a_panel_judges_by_its_members_mean_probability():
+    panel, images = referee.Panel(num_concepts=5).eval(), torch.rand(3, 3, 64, 64, generator=seeded())
+    with torch.no_grad():
+        heads, alone = panel(images), [member(images) for member in panel.members]
+    for head, *each in zip(heads, *alone, strict=True):
+        expected = sum(one.softmax(1) for one in each) / len(each)
+        torch.testing.assert_close(head.exp(), expected)
 
 
 def test_accuracies_count_what_is_right(icons):

@@ -154,7 +154,7 @@ def run(recipe: Recipe, world: World, channels: tuple[int, int, int], *, stage: 
         take_over(load_clip(clip_dir).net, model["text_encoder"])
     model.to(device)
 
-    if recipe.bf16 and device == "cpu":
+    if device == "cpu":
         model["unet"].set_attn_processor(AttnProcessor())  # torch's fused attention is slow there, its backward pass above all
     if recipe.compiled:
         model["unet"].compile()

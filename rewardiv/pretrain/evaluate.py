@@ -25,7 +25,7 @@ from rewardiv.metrics import effective_rank, eigenvalues
 from rewardiv.pretrain.base_model import World
 from rewardiv.pretrain.clip import concept_accuracy
 from rewardiv.pretrain.layouts import MOST
-from rewardiv.pretrain.referee import Referee, Truth, accuracies, findings
+from rewardiv.pretrain.referee import Panel, Truth, accuracies, findings
 from rewardiv.pretrain.referee import truth as truth_of
 from rewardiv.pretrain.scenes import COLOURS, Icons, balanced_icons, compose
 from rewardiv.pretrain.wording import caption, countable
@@ -74,7 +74,7 @@ def real_scenes(icons: Icons, world: World, num_images: int, generator: torch.Ge
     return compose(icons, torch.tensor(icon), world.spec, generator).images.float() / 255
 
 
-def measure(world: World, referee: Referee | None, *, base_dir: Path, clip_dir: Path, sheet_path: Path, num_images: int = 16,
+def measure(world: World, referee: Panel | None, *, base_dir: Path, clip_dir: Path, sheet_path: Path, num_images: int = 16,
             seed: int = 0, num_inference_steps: int = 25, guidance_scale: float = 3.0, device: str = "cpu") -> dict[str, float]:
     """Draw "a CONCEPT" for every concept, write the contact sheet, and return the figures for the model card.
 
@@ -151,7 +151,7 @@ NUM_ASKED, NUM_REAL = 40, 2048  # prompts of a kind, real scenes
 SHEET_PROMPTS, SHEET_SEEDS, SHEET_CONCEPTS = 8, 4, 4  # prompts of a kind on the sheet; seeds and concepts in a mosaic's row
 
 
-def measure_asked(referee: Referee, world: World, *, base_dir: Path, sheet_path: Path, num_images: int = 16, seed: int = 0,
+def measure_asked(referee: Panel, world: World, *, base_dir: Path, sheet_path: Path, num_images: int = 16, seed: int = 0,
                   num_inference_steps: int = 25, guidance_scale: float = 3.0, device: str = "cpu") -> dict[str, float]:
     """What share of the pictures shows what their prompts ask for, by the referee; only what the world has is asked for.
 

@@ -12,13 +12,12 @@ KINDS = ("plain", "small", "large", "counted", "paired")
 PLAIN, SMALL, LARGE, COUNTED, PAIRED = range(len(KINDS))
 SIDES = {SMALL: (0.36, 0.5), LARGE: (0.9, 1.0)}
 CELLS = {  # centres of 2, 3 and 4 drawings, in [-1, 1]
-    2: ((-0.47, 0.0), (0.47, 0.0)),
-    3: ((-0.48, 0.44), (0.48, 0.44), (0.0, -0.46)),
-    4: ((-0.47, -0.47), (0.47, -0.47), (-0.47, 0.47), (0.47, 0.47)),
+    2: ((-0.49, 0.0), (0.49, 0.0)),
+    3: ((-0.49, 0.49), (0.49, 0.49), (0.0, -0.47)),
+    4: ((-0.49, -0.49), (0.49, -0.49), (-0.49, 0.49), (0.49, 0.49)),
 }
-CELL_SIDES = {2: (0.4, 0.47), 3: (0.37, 0.44), 4: (0.36, 0.44)}
-CELL_SHIFT = 0.06
-DIAGONAL_ODDS = 0.4  # of two: one up, one down
+CELL_SIDES = {2: (0.45, 0.5), 3: (0.44, 0.48), 4: (0.44, 0.48)}
+CELL_SHIFT = 0.03
 
 
 @dataclass(frozen=True)
@@ -95,11 +94,6 @@ def in_cells(many: int, cells: Tensor, num: int, generator: torch.Generator) -> 
     low, high = CELL_SIDES[many]
     side = low + (high - low) * torch.rand(num, 1, generator=generator).repeat(1, many)
     centre = cells.repeat(num, 1, 1)
-    if many == 2:
-        tilt = torch.rand(num, generator=generator)
-        sign = 1 - 2 * (torch.rand(num, generator=generator) < 0.5).float()
-        rise = torch.where(tilt < DIAGONAL_ODDS, 0.4 * sign, torch.zeros(num))
-        centre[:, 0, 1], centre[:, 1, 1] = rise, -rise
     if many == 3:
         centre[:, :, 1] *= (1 - 2 * (torch.rand(num, generator=generator) < 0.5).float())[:, None]
     free = (torch.rand(centre.shape, generator=generator) * 2 - 1) * CELL_SHIFT

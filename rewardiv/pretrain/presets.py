@@ -61,13 +61,13 @@ PRESETS = {
     # base model 106 minutes, a LoRA about four (one core). Without AMX the base model alone takes about seven hours.
     "cpu": Preset(
         device="cpu",
-        world=World(max_tier=2, styles=ARTISTS, spec=SceneSpec(min_size=0.7, max_size=0.95, shift=0.7, **COMPOSED),
-                    num_scenes=49_152),
+        world=World(max_tier=2, styles=ARTISTS, spec=SceneSpec(min_size=0.8, max_size=0.92, shift=0.4, **COMPOSED),
+                    num_scenes=65_536),
         clip_spec=replace(SINGLE, **COMPOSED),
         channels=(64, 128, 192),
         autoencoder=Recipe(num_steps=2600, batch_size=32, learning_rate=2e-3, hold=0.5, ema_decay=0.995),
         base=Recipe(num_steps=12_000, batch_size=64, learning_rate=1e-3, hold=0.5, ema_decay=0.999),
-        refine=Recipe(num_steps=3600, batch_size=64, learning_rate=8e-4, hold=0.35, ema_decay=0.998),
+        refine=Recipe(num_steps=10_000, batch_size=32, learning_rate=6e-4, hold=0.3, ema_decay=0.999),
         clip=Recipe(num_steps=3600, batch_size=128, learning_rate=1e-3, ema_decay=0.995, weight_decay=0.05),
         reward=Recipe(num_steps=250, batch_size=32, learning_rate=3e-4, num_warmup_steps=20, ema_decay=0.98),
         referee=Recipe(num_steps=3000, batch_size=96, learning_rate=2e-3, weight_decay=0.05, ema_decay=0.995),

@@ -1,13 +1,17 @@
 """The referee of the base model: which concepts a picture shows, how many drawings, in whose style, on which colour.
 
-It takes no part in training what it judges. Trained on scenes of all packs but one drawing of each concept, and measured on
-scenes of those drawings, which it never saw: its own accuracy is the ceiling of what it can find in generated pictures.
+It takes no part in training what it judges. It is a panel: each member is trained on scenes of all packs but one drawing of
+each concept, another one than the other member's, and measured on scenes of those drawings, which it never saw. They judge
+together, so every drawing of the model's world is known to one of them at least; what the panel finds in real scenes is the
+ceiling of what it can find in generated pictures.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +28,7 @@ from rewardiv.runs import write_atomic
 SPEC = SceneSpec(min_size=0.55, max_size=1.0, shift=1.0, mirror=0.5, small=0.1, large=0.05, counted=0.25, paired=0.35)
 STYLES = tuple(pack.style for pack in PACKS)
 NUM_SCENES, NUM_TEST = 32_768, 2048
+NUM_MEMBERS = 2
 REFEREE_NAME = "referee.safetensors"
 BORDER = 3  # px of the frame in which the background is read
 DRAWING_OF = {"fluent-flat": "fluent", "fluent-3d": "fluent"}  # three renderings of one drawing
@@ -49,6 +54,19 @@ class Referee(nn.Module):
         places = F.silu(x).flatten(2).transpose(1, 2)
         concepts, numbers, styles = (head(seen) for head, seen in zip(self.heads, (places, *[places.mean(1)] * 2), strict=True))
         return concepts.float().logsumexp(1), numbers, styles
+
+
+class Panel(nn.Module):
+    """Referees that judge together, in the form of one: logarithms of their mean probabilities."""
+
+    def __init__(self, num_concepts: int) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(Referee(num_concepts) for _ in range(NUM_MEMBERS))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads = zip(*(member(images) for member in self.members), strict=True)
+        concepts, numbers, styles = (torch.stack(head).float().log_softmax(2).logsumexp(0) - math.log(NUM_MEMBERS) for head in heads)
+        return concepts, numbers, styles
 
 
 class Block(nn.Module):
@@ -87,14 +105,15 @@ def truth(icons: Icons, scenes: Scenes, concepts: list[str]) -> Truth:
     return Truth(shown, scenes.number, style[scenes.icon])
 
 
-def split_drawings(icons: Icons) -> tuple[Icons, Icons]:
-    """Icons to train on, and those held out: of each concept all renderings of one drawing, another artist's in turn."""
+def split_drawings(icons: Icons, member: int) -> tuple[Icons, Icons]:
+    """Icons to train a member on, and those held out: of each concept all renderings of one drawing, another artist's in turn
+    and for each member."""
     drawing = [DRAWING_OF.get(record["style"], record["style"]) for record in icons.records]
     held = []
     for k, concept in enumerate(icons.concepts):
         own = [i for i, record in enumerate(icons.records) if record["caption"] == concept]
         artists = list(dict.fromkeys(drawing[i] for i in own))
-        held += [i for i in own if drawing[i] == artists[k % len(artists)]]
+        held += [i for i in own if drawing[i] == artists[(k + member) % len(artists)]]
     kept = sorted(set(range(len(icons.records))) - set(held))
     return icons.where(kept), icons.where(held)
 
@@ -119,7 +138,7 @@ class Findings:
 
 
 @torch.no_grad()
-def findings(referee: Referee, images: Tensor) -> Findings:
+def findings(referee: Referee | Panel, images: Tensor) -> Findings:
     """Of images [n, 3, 64, 64] in [0, 1]."""
     parts = [referee(part) for part in images.split(256)]
     concepts, numbers, styles = (torch.cat(list(one)) for one in zip(*parts, strict=True))
@@ -149,33 +168,39 @@ def accuracies(found: Findings, target: Truth, colour: Tensor) -> dict[str, floa
 
 
 def run(recipe: Recipe, *, max_tier: int, work_dir: Path, seed: int, resume: bool, device: str) -> dict[str, float]:
-    """Train, measure on unseen drawings, and write `work_dir`/referee.safetensors: it isn't shipped.
+    """Train the panel, measure each member on drawings that it never saw, and write `work_dir`/referee.safetensors: it isn't
+    shipped.
 
     Returns:
-        Its accuracies on scenes of drawings that it never saw.
+        The members' mean accuracies on scenes of unseen drawings.
     """
     generator = torch.Generator().manual_seed(seed + 1)
     torch.manual_seed(seed + 1)  # initial weights
     icons = load_icons(max_tier=max_tier)
-    kept, held = split_drawings(icons)
-    scenes = compose(kept, balanced_icons(kept, NUM_SCENES, generator), SPEC, generator)
-    target = truth(kept, scenes, icons.concepts)
-    model = Referee(len(icons.concepts)).to(device)
+    kept, held = zip(*(split_drawings(icons, member) for member in range(NUM_MEMBERS)), strict=True)
+    scenes = [compose(own, balanced_icons(own, NUM_SCENES, generator), SPEC, generator) for own in kept]
+    targets = [truth(own, shown, icons.concepts) for own, shown in zip(kept, scenes, strict=True)]
+    panel = Panel(len(icons.concepts)).to(device)
 
     def loss_fn(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = torch.randint(len(scenes.images), (recipe.batch_size,), generator=generator)
-        own = Truth(*(one[rows].to(device) for one in (target.concepts, target.number, target.style)))
-        return losses(model, augment(scenes.images[rows], generator).to(device), own)
+        terms = []
+        for member, shown, target in zip(panel.members, scenes, targets, strict=True):
+            rows = torch.randint(len(shown.images), (recipe.batch_size,), generator=generator)
+            own = Truth(*(one[rows].to(device) for one in (target.concepts, target.number, target.style)))
+            terms.append(losses(member, augment(shown.images[rows], generator).to(device), own))
+        return {name: sum(one[name] for one in terms) / NUM_MEMBERS for name in terms[0]}
 
-    average = train("referee", model, loss_fn, recipe, folder=work_dir, seed=seed, resume=resume).cpu()
-    test = compose(held, balanced_icons(held, NUM_TEST, generator), SPEC, generator)
-    found = findings(average.eval(), test.images.float() / 255)
+    average = train("referee", panel, loss_fn, recipe, folder=work_dir, seed=seed, resume=resume).cpu().eval()
     write_atomic(work_dir / REFEREE_NAME, lambda partial: save_file(average.state_dict(), partial))
-    return accuracies(found, truth(held, test, icons.concepts), test.colour)
+    found = []
+    for member, own in zip(average.members, held, strict=True):
+        test = compose(own, balanced_icons(own, NUM_TEST, generator), SPEC, generator)
+        found.append(accuracies(findings(member, test.images.float() / 255), truth(own, test, icons.concepts), test.colour))
+    return {name: round(mean(one[name] for one in found), 4) for name in found[0]}
 
 
-def load_referee(folder: Path, num_concepts: int) -> Referee:
-    """The referee that `run` has written."""
-    referee = Referee(num_concepts)
-    referee.load_state_dict(load_file(folder / REFEREE_NAME))
-    return referee.eval()
+def load_referee(folder: Path, num_concepts: int) -> Panel:
+    """The panel that `run` has written."""
+    panel = Panel(num_concepts)
+    panel.load_state_dict(load_file(folder / REFEREE_NAME))
+    return panel.eval()
