@@ -38,14 +38,14 @@ PRESET = Preset(
     device="cpu", world=World(max_tier=1, styles=("noto", "twemoji"), spec=SceneSpec(counted=0.3, paired=0.3),
                               num_scenes=32),
     clip_spec=SceneSpec(counted=0.3, paired=0.3), channels=(16, 16, 16),
-    autoencoder=RECIPE, base=RECIPE, refine=RECIPE, clip=RECIPE, reward=RECIPE, referee=RECIPE,
+    autoencoder=RECIPE, decoder=RECIPE, base=RECIPE, refine=RECIPE, clip=RECIPE, reward=RECIPE, referee=RECIPE,
     families={"vivid": Family(("vivid",), settings=SETTINGS), "calm": Family(("calm",), settings=SETTINGS)},
     kl_weights=(0.0, 1.0),
 )
-STAGES = ("autoencoder", "clip", "base", "refine", "rewards", "loras", "referee", "evaluate")
+STAGES = ("autoencoder", "decoder", "clip", "base", "refine", "rewards", "loras", "referee", "evaluate")
 FIGURES = {
-    "autoencoder", "base", "refine", "clip", "reward-vivid", "reward-calm", "lora-vivid", "lora-calm", "lora-vivid-kl1",
-    "lora-calm-kl1", "referee", "evaluate", "evaluate-vivid", "evaluate-calm", "evaluate-asked",
+    "autoencoder", "decoder", "base", "refine", "clip", "reward-vivid", "reward-calm", "lora-vivid", "lora-calm",
+    "lora-vivid-kl1", "lora-calm-kl1", "referee", "evaluate", "evaluate-vivid", "evaluate-calm", "evaluate-asked",
 }
 CARDS = ("emoji", "emoji-clip", "emoji-rewards/vivid", "emoji-rewards/calm", "emoji-vivid", "emoji-calm")
 
@@ -165,8 +165,8 @@ def test_all_leaves_what_every_stage_promises(built: Places) -> None:
         free, held = (read_source(built.assets / "runs" / own).config.to_dict() for own in (name, f"{name}-kl1"))
         assert (free["kl_weight"], held["kl_weight"], free["model"], free["rewards"]) == (0, 1, "emoji", [name])
         assert {1, NUM_STEPS} <= set(list_checkpoints(built.assets / "runs" / name))
-    logs = {f"{stage}.jsonl" for stage in ("autoencoder", "base", "refine", "clip", "reward-vivid", "reward-calm")}
-    sheets = {f"{stage}-{NUM_STEPS:06d}.png" for stage in ("autoencoder", "base", "refine")}
+    logs = {f"{stage}.jsonl" for stage in ("autoencoder", "decoder", "base", "refine", "clip", "reward-vivid")}
+    sheets = {f"{stage}-{NUM_STEPS:06d}.png" for stage in ("autoencoder", "decoder", "base", "refine")}
     assert logs | sheets <= names_in(built.work)
 
 
@@ -183,7 +183,7 @@ def test_figures_and_cards_of_every_stage_are_written(built: Places) -> None:
     for name in CARDS:
         card = (built.out / name / "README.md").read_text()
         assert f"{NUM_STEPS} steps in" in card and "not recorded" not in card, name
-    assert f"{figures['autoencoder']['psnr_held_out_db']} dB" in (built.out / "emoji" / "README.md").read_text()
+    assert f"{figures['decoder']['psnr_held_out_db']} dB" in (built.out / "emoji" / "README.md").read_text()
     for name in ("vivid", "calm"):
         assert str(figures[f"evaluate-{name}"]["base_reward_mean"]) in (built.out / f"emoji-{name}" / "README.md").read_text()
 
@@ -231,7 +231,18 @@ def test_a_finished_run_is_not_overwritten_without_being_told(built: Places, cap
     assert {path: path.read_bytes() for path in built.out.rglob("*.safetensors")} == before
 
 
+def test_training_the_decoder_alone_leaves_every_latent_as_it_is(assets: Path, tmp_path: Path) -> None:
+    places, weights = Places(tmp_path), []
+    for stage in ("autoencoder", "decoder"):
+        assert places.pretrain(stage) == 0
+        weights.append({name.partition(": ")[2]: value for name, value in places.weights().items()})
+    same = {name for name, value in weights[0].items() if torch.equal(value, weights[1][name])}
+    assert {name.split(".")[0] for name in same} == {"encoder", "quant_conv"}
+    assert {name.split(".")[0] for name in set(weights[0]) - same} == {"decoder", "post_quant_conv"}
+
+
 @pytest.mark.parametrize(("stage", "missing", "maker"), [
+    ("decoder", "emoji/vae/config.json", "autoencoder"),
     ("base", "emoji/vae/config.json", "autoencoder"),
     ("base", "emoji-clip/open_clip_config.json", "clip"),
     ("refine", "emoji/model_index.json", "base"),

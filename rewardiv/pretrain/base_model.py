@@ -6,27 +6,26 @@ within a prompt is what reward finetuning destroys and what this project measure
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from rewardiv.clip_models import load_clip
-from rewardiv.pretrain.autoencoder import to_model
+from rewardiv.pretrain.autoencoder import drop_origin, to_model
 from rewardiv.pretrain.layouts import SceneSpec
 from rewardiv.pretrain.loop import Recipe, train
 from rewardiv.pretrain.scenes import Icons, balanced_icons, captions, compose, load_icons
 from rewardiv.pretrain.tokenizer import MAX_LENGTH, build_tokenizer
 from rewardiv.pretrain.wording import caption
-from rewardiv.runs import replaced_dir, write_json, write_text
+from rewardiv.runs import replaced_dir, write_text
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -88,7 +87,7 @@ def build_unet(channels: tuple[int, int, int]) -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's betas, rescaled to zero terminal SNR (backgrounds may be any brightness), v-prediction.
+    """Of training: Stable Diffusion's betas, rescaled to zero terminal SNR (backgrounds may be any brightness), v-prediction.
 
     Source: Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv 2305.08891.
     """
@@ -96,6 +95,15 @@ def build_scheduler() -> DDIMScheduler:
         num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
         prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
         clip_sample=False, set_alpha_to_one=True, steps_offset=1)
+
+
+def build_sampler() -> DPMSolverMultistepScheduler:
+    """What the pipeline draws with: DPM-Solver++(2M) on the same betas. 25 of its steps find as many of the concepts as 60 of
+    DDIM's.
+
+    Source: Lu et al., arXiv 2211.01095.
+    """
+    return DPMSolverMultistepScheduler.from_config(build_scheduler().config, algorithm_type="dpmsolver++")
 
 
 @torch.no_grad()
@@ -168,7 +176,7 @@ def run(recipe: Recipe, world: World, channels: tuple[int, int, int], *, stage: 
         return v_loss(model, scheduler, latents[chosen].float().to(device), tokens, generator)
 
     def pipeline(average: nn.Module) -> StableDiffusionPipeline:
-        pipe = StableDiffusionPipeline(vae.to(device), average["text_encoder"], tokenizer, average["unet"], scheduler,
+        pipe = StableDiffusionPipeline(vae.to(device), average["text_encoder"], tokenizer, average["unet"], build_sampler(),
                                        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -195,10 +203,3 @@ def save_pipeline(pipe: StableDiffusionPipeline, output_dir: Path) -> None:
         drop_origin(folder / "vae" / "config.json")
         if readme:
             write_text(folder / "README.md", readme)
-
-
-def drop_origin(config: Path) -> None:
-    """Take the folder that a part was loaded from out of its config: it names a place on one machine."""
-    values = json.loads(config.read_text())
-    values.pop("_name_or_path", None)
-    write_json(config, values)

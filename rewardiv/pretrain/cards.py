@@ -44,8 +44,8 @@ def trained(figures: dict) -> str:
 
 def base_card(name: str, figures: dict[str, dict]) -> str:
     """checkpoints/emoji."""
-    vae, base, refined, measured, asked = (
-        figures.get(key, {}) for key in ("autoencoder", "base", "refine", "evaluate", "evaluate-asked"))
+    vae, decoder, base, refined, measured, asked = (
+        figures.get(key, {}) for key in ("autoencoder", "decoder", "base", "refine", "evaluate", "evaluate-asked"))
     return "\n".join([
         "# emoji: a text-to-image diffusion model that runs anywhere\n",
         "A diffusers `StableDiffusionPipeline` at 64 × 64 pixels that draws "
@@ -58,14 +58,15 @@ def base_card(name: str, figures: dict[str, dict]) -> str:
         + (", `assets/contact-sheet-composed.webp` (what prompts ask for).\n" if asked else ".\n"),
         "## Training\n",
         f"- Autoencoder (64 px to 16 × 16 × 8, 0.66 M weights): {trained(vae)}.",
+        *([f"- Then its decoder alone, on latents with a little noise: {trained(decoder)}."] if decoder else []),
         f"- UNet ({base.get('unet_weights_m', '?')} M weights) and text encoder (2 layers, 1,747 tokens), together: "
         f"{trained(base)}. v-prediction, zero terminal SNR, AdamW, averaged weights.",
         *([f"- Then both again, with more pairs (`pretrain refine`): {trained(refined)}."] if refined else []),
         "- Rebuild: `python -m rewardiv pretrain all` (needs only what the repository holds; on a CPU with AMX and with a C++ "
         "compiler add `--bf16 --compile`: twice as fast).\n",
         "## Measured\n",
-        f"- Autoencoder on scenes of concepts it never saw: {vae.get('psnr_held_out_db', '?')} dB PSNR with one drawing, "
-        f"{vae.get('psnr_held_out_several_db', '?')} dB with several.",
+        f"- Autoencoder on scenes of concepts it never saw: {(vae | decoder).get('psnr_held_out_db', '?')} dB PSNR with one "
+        f"drawing, {(vae | decoder).get('psnr_held_out_several_db', '?')} dB with several.",
         *(quality(measured) if "frechet" in measured else []),
         *(refereed(figures["referee"], measured, asked) if asked and "referee_concept" in measured else []),
         "\n## Limits\n",

@@ -19,7 +19,7 @@ from rewardiv.runs import read_jsonl, write_json
 if TYPE_CHECKING:
     from rewardiv.pretrain.loop import Recipe
 
-STAGES = ("data", "autoencoder", "clip", "base", "refine", "rewards", "loras", "referee", "evaluate", "all")
+STAGES = ("data", "autoencoder", "decoder", "clip", "base", "refine", "rewards", "loras", "referee", "evaluate", "all")
 
 MAKES = {  # by which files under --output-dir a later stage knows that a stage is done
     "autoencoder": ("emoji/vae/config.json",),
@@ -27,6 +27,7 @@ MAKES = {  # by which files under --output-dir a later stage knows that a stage 
     "clip": ("emoji-clip/open_clip_config.json",),
 }
 NEEDS = {
+    "decoder": ("autoencoder",),
     "base": ("autoencoder", "clip"), "refine": ("base",), "rewards": ("clip",), "loras": ("base", "clip", "rewards"),
     "evaluate": ("base", "clip"),
 }
@@ -142,14 +143,15 @@ def build_data(job: Job) -> None:
     rebuild(job.packages_dir)
 
 
-def build_autoencoder(job: Job) -> None:
-    """checkpoints/emoji/vae."""
+def build_autoencoder(stage: str, job: Job) -> None:
+    """checkpoints/emoji/vae: new, or with its decoder trained on by "decoder"."""
     from rewardiv.pretrain import autoencoder
     from rewardiv.pretrain.presets import PRESETS
 
-    figures = autoencoder.run(recipe_of(job, "autoencoder"), work_dir=job.work_dir, output_dir=job.output_dir / "emoji",
-                              seed=job.seed, resume=job.resume, device=PRESETS[job.preset_name].device)
-    record(job, "autoencoder", figures, job.work_dir / "autoencoder.jsonl")
+    train = {"autoencoder": autoencoder.run, "decoder": autoencoder.run_decoder}[stage]
+    figures = train(recipe_of(job, stage), work_dir=job.work_dir, output_dir=job.output_dir / "emoji", seed=job.seed,
+                    resume=job.resume, device=PRESETS[job.preset_name].device)
+    record(job, stage, figures, job.work_dir / f"{stage}.jsonl")
 
 
 def build_base(stage: str, job: Job) -> None:
@@ -244,7 +246,8 @@ def evaluate(job: Job) -> None:
 
 
 RUNNERS: dict[str, Callable[[Job], None]] = {
-    "data": build_data, "autoencoder": build_autoencoder, "base": partial(build_base, "base"), "clip": build_clip,
+    "data": build_data, "autoencoder": partial(build_autoencoder, "autoencoder"),
+    "decoder": partial(build_autoencoder, "decoder"), "clip": build_clip, "base": partial(build_base, "base"),
     "refine": partial(build_base, "refine"),
     "rewards": build_rewards, "loras": build_loras, "referee": build_referee, "evaluate": evaluate,
 }

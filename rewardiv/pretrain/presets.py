@@ -22,6 +22,7 @@ class Preset:
     clip_spec: SceneSpec
     channels: tuple[int, int, int]
     autoencoder: Recipe
+    decoder: Recipe
     base: Recipe
     refine: Recipe
     clip: Recipe
@@ -66,6 +67,7 @@ PRESETS = {
         clip_spec=replace(SINGLE, **COMPOSED),
         channels=(64, 128, 192),
         autoencoder=Recipe(num_steps=2600, batch_size=32, learning_rate=2e-3, hold=0.5, ema_decay=0.995),
+        decoder=Recipe(num_steps=6000, batch_size=16, learning_rate=1e-3, hold=0.3, ema_decay=0.998),
         base=Recipe(num_steps=12_000, batch_size=64, learning_rate=1e-3, hold=0.5, ema_decay=0.999),
         refine=Recipe(num_steps=10_000, batch_size=32, learning_rate=6e-4, hold=0.3, ema_decay=0.999),
         clip=Recipe(num_steps=3600, batch_size=128, learning_rate=1e-3, ema_decay=0.995, weight_decay=0.05),
@@ -81,6 +83,7 @@ PRESETS = {
         clip_spec=replace(SINGLE, **COMPOSED),
         channels=(80, 160, 240),
         autoencoder=Recipe(num_steps=20_000, batch_size=64, learning_rate=1e-3, hold=0.5),
+        decoder=Recipe(num_steps=20_000, batch_size=32, learning_rate=1e-3, hold=0.3),
         base=Recipe(num_steps=60_000, batch_size=256, learning_rate=8e-4, hold=0.5, ema_decay=0.9995),
         refine=Recipe(num_steps=20_000, batch_size=256, learning_rate=6e-4, hold=0.35, ema_decay=0.9995),
         clip=Recipe(num_steps=8000, batch_size=256, learning_rate=1e-3, weight_decay=0.05),

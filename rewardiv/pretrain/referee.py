@@ -65,7 +65,7 @@ class Panel(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = zip(*(member(images) for member in self.members), strict=True)
-        concepts, numbers, styles = (torch.stack(head).float().log_softmax(2).logsumexp(0) - math.log(NUM_MEMBERS) for head in heads)
+        concepts, numbers, styles = (torch.stack(head).log_softmax(2).logsumexp(0) - math.log(NUM_MEMBERS) for head in heads)
         return concepts, numbers, styles
 
 

@@ -18,7 +18,8 @@ from rewardiv.ui.train_list import SCRIPT
 
 FORM = {  # of a run that takes a few seconds
     "max_train_steps": "200", "probe_every": "100", "learning_rate": "0.0001", "train_batch_size": "2",
-    "num_inference_steps": "2", "grad_steps": "1", "num_probe_prompts": "2", "num_probe_seeds": "2", "checkpointing_steps": "100",
+    "num_inference_steps": "2", "grad_steps": "1", "num_probe_prompts": "2", "num_probe_seeds": "2",
+    "checkpointing_steps": "100",
 }
 RunWriter = Callable[..., Path]
 
