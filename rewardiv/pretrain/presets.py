@@ -67,7 +67,7 @@ PRESETS = {
         clip_spec=replace(SINGLE, **COMPOSED),
         channels=(64, 128, 192),
         autoencoder=Recipe(num_steps=2600, batch_size=32, learning_rate=2e-3, hold=0.5, ema_decay=0.995),
-        decoder=Recipe(num_steps=6000, batch_size=16, learning_rate=1e-3, hold=0.3, ema_decay=0.998),
+        decoder=Recipe(num_steps=3500, batch_size=16, learning_rate=1e-3, hold=0.3, ema_decay=0.998),
         base=Recipe(num_steps=12_000, batch_size=64, learning_rate=1e-3, hold=0.5, ema_decay=0.999),
         refine=Recipe(num_steps=10_000, batch_size=32, learning_rate=6e-4, hold=0.3, ema_decay=0.999),
         clip=Recipe(num_steps=3600, batch_size=128, learning_rate=1e-3, ema_decay=0.995, weight_decay=0.05),
