@@ -154,13 +154,14 @@ def new_trainee(model: Model, config: TrainConfig) -> Trainee:
 
 
 def draw_batches(
-    prompts: list[str], config: TrainConfig, step: int, *, rank: int = 0, world_size: int = 1,
+    prompts: list[str], config: TrainConfig, step: int, *, attempt: int = 0, rank: int = 0, world_size: int = 1,
 ) -> Iterator[tuple[list[str], list[int]]]:
     """The prompts and noise seeds of one process's step, in gradient_accumulation_steps parts.
 
-    A function of (config.seed, step): all processes together draw what one process with world_size times the batch draws.
+    A function of (config.seed, step, attempt), attempt being how many rollbacks went before, lest the step that led back be
+    drawn again: all processes together draw what one process with world_size times the batch draws.
     """
-    generator = torch.Generator().manual_seed(_number(config.seed, step))
+    generator = torch.Generator().manual_seed(_number(config.seed, step, 0, attempt))
     size = config.train_batch_size
     total = size * config.gradient_accumulation_steps * world_size
     rows = torch.randint(len(prompts), (total,), generator=generator).tolist()

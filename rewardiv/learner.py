@@ -168,7 +168,8 @@ def gradients(learner: Learner) -> list[Part]:
     """Put the gradients of this process's share of a step into the weights; gives the parts of all processes."""
     trainee, config, crew = learner.trainee, learner.config, learner.crew
     trainee.optimizer.zero_grad()
-    batches = draw_batches(learner.prompts, config, learner.step, rank=crew.rank, world_size=crew.world_size)
+    batches = draw_batches(learner.prompts, config, learner.step, attempt=learner.rollbacks, rank=crew.rank,
+                           world_size=crew.world_size)
     shares = crew.together(lambda: [
         on_cpu(accumulate(trainee.model, learner.mix, prompts, seeds, config, step=learner.step, part=k, rank=crew.rank,
                           scaler=trainee.scaler))

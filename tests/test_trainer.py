@@ -30,7 +30,7 @@ import rewardiv.learner as learner_module
 import rewardiv.trainer as trainer_module
 from rewardiv.config import TrainConfig
 from rewardiv.crew import Crew
-from rewardiv.draft import accumulate, new_trainee
+from rewardiv.draft import accumulate, draw_batches, new_trainee
 from rewardiv.errors import UserError
 from rewardiv.jobs import train_command
 from rewardiv.learner import Learner, find_trouble, gradients, new_learner, take_step
@@ -279,6 +279,23 @@ def test_a_bad_step_leads_back_to_the_last_checkpoint_at_half_the_rate(
     assert [line["step"] for line in lines(config.output_dir, "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     state = torch.load(list_checkpoints(config.output_dir)[6] / "state.pt", weights_only=True)
     assert (state["rate_factor"], state["rollbacks"]) == (0.5, 1)
+
+
+def test_after_a_rollback_another_batch_is_drawn_so_that_a_bad_one_is_passed(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Right after a checkpoint the weights are those of the step that failed: the same batch would fail again at any rate."""
+    bad = list(draw_batches(PROMPTS, config, 2))
+
+    def explode_on_it(learner: Learner) -> list:
+        parts = gradients(learner)
+        if list(draw_batches(PROMPTS, config, learner.step, attempt=learner.rollbacks)) == bad:
+            learner.trainee.parameters[0].grad *= float("inf")
+        return parts
+
+    monkeypatch.setattr(learner_module, "gradients", explode_on_it)
+    records = list(train(config))
+    assert steps_of(records) == [1, 2, 3, 4, 5, 6] and kinds_of(records) == ["rollback"]
 
 
 def test_rollbacks_are_bounded_and_the_last_checkpoint_is_whole(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
