@@ -70,16 +70,17 @@ def test_no_shipped_config_names_a_place_on_one_machine():
 
 def test_every_folder_has_a_card_with_the_recorded_figures():
     figures = json.loads((CHECKPOINTS / "figures.json").read_text())
-    assert figures["evaluate"]["num_concepts"] >= 160 and figures["evaluate"]["referee_concept"] >= 0.75
-    assert figures["evaluate"]["concept_accuracy"] >= 0.75
-    assert figures["evaluate"]["effective_rank_share"] >= 0.8
-    assert figures["autoencoder"]["psnr_held_out_db"] >= 29
+    evaluate, asked = figures["evaluate"], figures["evaluate-asked"]
+    assert evaluate["num_concepts"] >= 160 and evaluate["referee_concept"] >= 0.85 and evaluate["concept_accuracy"] >= 0.8
+    assert evaluate["effective_rank_share"] >= 0.8 and evaluate["styles"] >= 0.6 * evaluate["styles_real"]
+    assert asked["colour"] >= 0.95 and asked["count"] >= 0.7 and asked["both"] >= 0.6
+    assert figures["decoder"]["psnr_held_out_db"] >= 29
     for name in ("vivid", "calm", "exact"):
         assert f"{figures[f'reward-{name}']['pair_accuracy_held_out']:.1%}" in card(f"emoji-rewards/{name}")
     for name in FAMILIES:
         assert figures[f"evaluate-{name}"]["gain_in_base_std_within_prompt"] >= 1.5
         assert str(figures[f"evaluate-{name}"]["base_reward_mean"]) in card(f"emoji-{name}")
-    assert str(figures["autoencoder"]["psnr_held_out_db"]) in card("emoji")
+    assert str(figures["decoder"]["psnr_held_out_db"]) in card("emoji")
 
 
 def card(folder):

@@ -98,10 +98,10 @@ def refereed(referee: dict, measured: dict, asked: dict) -> list[str]:
     said = ", ".join(f"{what} {asked[key]:.1%} (real scenes {asked[f'{key}_real']:.1%})"
                      for key, what in right.items() if key in asked)
     return [
-        "- A referee, a classifier that took no part in training and knows the drawings' artists, not these drawings: of real "
-        f"drawings that it never saw it names {referee['concept']:.1%} of the concepts, {referee['count']:.1%} of numbers with "
-        f"their concept, both of {referee['both']:.1%} of pairs and {referee['colour']:.1%} of backgrounds, and of the scenes "
-        f"above {measured['referee_concept_real']:.1%} of the concepts.",
+        "- A referee, two classifiers that took no part in training and learned all drawings but one of each concept: of those "
+        f"that it never saw each names {referee['concept']:.1%} of the concepts, {referee['count']:.1%} of numbers with "
+        f"their concept, both of {referee['both']:.1%} of pairs and {referee['colour']:.1%} of backgrounds; together they name "
+        f"{measured['referee_concept_real']:.1%} of the concepts of real scenes.",
         f"- It finds the right concept in {measured['referee_concept']:.1%} of the model's pictures, and {measured['styles']} "
         f"artists' styles among {measured['num_images']} pictures of a prompt (real scenes {measured['styles_real']}).",
         f"- Of {asked['num_prompts']} prompts of a kind × {asked['num_images']} seeds, right by the referee: {said}.",

@@ -73,7 +73,7 @@ PRESETS = {
         refine=Recipe(num_steps=6000, batch_size=32, learning_rate=6e-4, hold=0.3, ema_decay=0.999),
         clip=Recipe(num_steps=3600, batch_size=128, learning_rate=1e-3, ema_decay=0.995, weight_decay=0.05),
         reward=Recipe(num_steps=250, batch_size=32, learning_rate=3e-4, num_warmup_steps=20, ema_decay=0.98),
-        referee=Recipe(num_steps=3000, batch_size=96, learning_rate=2e-3, weight_decay=0.05, ema_decay=0.995),
+        referee=Recipe(num_steps=2200, batch_size=96, learning_rate=2e-3, weight_decay=0.05, ema_decay=0.995),
         families=tastes(CPU_LORA),
     ),
     # Not run by us so far: sized from the cpu preset's measured behaviour.
