@@ -151,6 +151,7 @@ def spectral_figure(curves: Sequence[Curve], *, num_steps: int, null: tuple[floa
         axes.axhspan(*null, color=INK, alpha=0.10, linewidth=0, label="chance alone", gid="null-band")
     _draw(axes, curves, num_steps)
     axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}")
     return figure
 
 

@@ -48,6 +48,14 @@ def test_the_null_band_spans_exactly_the_band_and_is_absent_without_one():
     assert not [p for p in spectral_figure([BASE], num_steps=3).axes[0].patches if p.get_gid()]
 
 
+def test_large_distances_have_no_factor_over_the_axis_where_the_legend_is():
+    figure = spectral_figure([Curve("Finetuned", COLOURS["finetuned"], (1, 2), (0.0, 1e6))], num_steps=2)
+    figure.canvas.draw()
+    axis = figure.axes[0].yaxis
+    assert axis.get_offset_text().get_text() == ""
+    assert {"0", "1000k"} <= {label.get_text() for label in axis.get_ticklabels()}
+
+
 def test_a_figure_of_nothing_yet_can_be_drawn():
     assert "<svg" in figure_svg(spectral_figure([], num_steps=1), "nothing yet")
 
