@@ -151,8 +151,13 @@ def spectral_figure(curves: Sequence[Curve], *, num_steps: int, null: tuple[floa
         axes.axhspan(*null, color=INK, alpha=0.10, linewidth=0, label="chance alone", gid="null-band")
     _draw(axes, curves, num_steps)
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}")
+    axes.yaxis.set_major_formatter(_distance)
     return figure
+
+
+def _distance(value: float, _position: int) -> str:
+    """A spectral distance at a tick, as 200k: a common factor over the axis would lie on the legend."""
+    return f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}"
 
 
 def frontier_figure(marks: Sequence[FrontierMark], *, reward: str, diversity: str) -> Figure:
@@ -485,6 +490,7 @@ def _spectral_course(canvas: _Canvas) -> bool:
     if any(some):
         canvas.bands("scd_null")
         canvas.axes.set_ylim(bottom=0)
+        canvas.axes.yaxis.set_major_formatter(_distance)
     return any(some)
 
 

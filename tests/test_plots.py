@@ -48,14 +48,6 @@ def test_the_null_band_spans_exactly_the_band_and_is_absent_without_one():
     assert not [p for p in spectral_figure([BASE], num_steps=3).axes[0].patches if p.get_gid()]
 
 
-def test_large_distances_have_no_factor_over_the_axis_where_the_legend_is():
-    figure = spectral_figure([Curve("Finetuned", COLOURS["finetuned"], (1, 2), (0.0, 1e6))], num_steps=2)
-    figure.canvas.draw()
-    axis = figure.axes[0].yaxis
-    assert axis.get_offset_text().get_text() == ""
-    assert {"0", "1000k"} <= {label.get_text() for label in axis.get_ticklabels()}
-
-
 def test_a_figure_of_nothing_yet_can_be_drawn():
     assert "<svg" in figure_svg(spectral_figure([], num_steps=1), "nothing yet")
 
@@ -196,6 +188,18 @@ def test_whatever_is_missing_can_be_drawn(run: TrainingRun):
         for name, figure in figures.items():
             ElementTree.fromstring(figure_svg(figure, name))
     assert "no steps yet" in [text.get_text() for text in training_figures([])["reward"].axes[0].texts]
+
+
+@pytest.mark.parametrize("figure", [
+    pytest.param(spectral_figure([Curve("Finetuned", COLOURS["finetuned"], (1, 2), (0.0, 1e6))], num_steps=2), id="denoising"),
+    pytest.param(training_figures([TrainingRun("far", RUN_COLOURS[0], STEPS, [
+        record | {"scd": 1e5 * record["step"] / 3} for record in PROBES])])["spectral"], id="training"),
+])
+def test_large_distances_have_no_factor_over_the_axis_where_the_legend_is(figure):
+    figure.canvas.draw()
+    axis = figure.axes[0].yaxis
+    assert axis.get_offset_text().get_text() == ""
+    assert {"0", "1000k"} <= {label.get_text() for label in axis.get_ticklabels()}
 
 
 def test_a_step_done_again_after_a_rollback_is_drawn_once():

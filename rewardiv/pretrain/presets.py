@@ -1,4 +1,4 @@
-"""What `pretrain --preset` sets: `cpu` for two cores, `gpu` the same with more of everything."""
+"""What `pretrain --preset` sets: `cpu` is what ships, `gpu` the same with more of everything."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ REFINED = {"small": 0.05, "large": 0.05, "counted": 0.15, "paired": 0.35}  # of 
 
 PRESETS = {
     # Seven artists and all concepts. With --bf16 --compile on two cores with AMX: autoencoder 11 minutes, CLIP 33 (one core),
-    # base model 106 minutes, a LoRA about four (one core). Without AMX the base model alone takes about seven
-    # hours; refine took 143 minutes there, decoder 56 (one core).
+    # base model 106 minutes, a LoRA about four (one core). Without AMX the base model alone takes about seven hours; refine
+    # took 143 minutes there, decoder 56, the referee 91, a LoRA 9 to 14 (one core each).
     "cpu": Preset(
         device="cpu",
         world=World(max_tier=2, styles=ARTISTS, spec=SceneSpec(min_size=0.8, max_size=0.92, shift=0.4, **COMPOSED),
