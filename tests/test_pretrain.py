@@ -315,6 +315,44 @@ def test_velocity_loss_is_zero_for_a_network_that_knows_the_noise():
     assert loss < 1e-9
 
 
+class Guided(nn.ModuleDict):
+    """Predicts 5 and 2 of what it sees with and without a caption; with a caption at a share of the difference."""
+
+    def __init__(self, share=lambda timesteps: torch.ones(len(timesteps))):
+        class Words(nn.Module):
+            def forward(self, tokens):
+                return (tokens[..., None].float(),)
+
+        class Draws(nn.Module):
+            def forward(self, noisy, timesteps, encoder_hidden_states):
+                said = (encoder_hidden_states[:, 0, 0] > 0).float()
+                factor = 2 + 3 * said * share(timesteps)
+                return type("Out", (), {"sample": factor[:, None, None, None] * noisy})
+
+        super().__init__({"unet": Draws(), "text_encoder": Words()})
+
+
+@pytest.mark.parametrize(("share", "is_zero"), [
+    (base_model.guidance_share, True), (lambda timesteps: torch.ones(len(timesteps)), False)])
+def test_tempered_model_keeps_a_share_of_the_guidance_where_the_drawing_is_chosen(share, is_zero):
+    tokens = torch.ones(20, 4, dtype=torch.long)
+    loss = base_model.temper_loss(Guided(share), Guided(), base_model.build_scheduler(), torch.zeros(20, 8, 16, 16), tokens,
+                                  torch.zeros(4, dtype=torch.long), seeded())["loss"]
+    assert (loss < 1e-9) == is_zero
+
+
+def test_tempering_changes_nothing_without_a_caption():
+    tokens = torch.zeros(20, 4, dtype=torch.long)
+    loss = base_model.temper_loss(Guided(), Guided(), base_model.build_scheduler(), torch.zeros(20, 8, 16, 16), tokens,
+                                  tokens[0], seeded())["loss"]
+    assert loss < 1e-9
+
+
+def test_guidance_is_weakened_where_there_is_more_noise():
+    share = base_model.guidance_share(torch.arange(1000))
+    assert 0 < share[-1] < 1 < share[0] and (share.diff() <= 0).all()
+
+
 def test_text_encoder_pools_where_the_text_ends():
     tokenizer = build_tokenizer()
     encoder = base_model.build_text_encoder(tokenizer).eval()

@@ -38,13 +38,15 @@ PRESET = Preset(
     device="cpu", world=World(max_tier=1, styles=("noto", "twemoji"), spec=SceneSpec(counted=0.3, paired=0.3),
                               num_scenes=32),
     clip_spec=SceneSpec(counted=0.3, paired=0.3), channels=(16, 16, 16),
-    autoencoder=RECIPE, decoder=RECIPE, base=RECIPE, refine=RECIPE, clip=RECIPE, reward=RECIPE, referee=RECIPE,
+    autoencoder=RECIPE, decoder=RECIPE, base=RECIPE, refine=RECIPE, settle=RECIPE, temper=RECIPE,
+    clip=RECIPE, reward=RECIPE, referee=RECIPE,
     families={"vivid": Family(("vivid",), settings=SETTINGS), "calm": Family(("calm",), settings=SETTINGS)},
     kl_weights=(0.0, 1.0),
 )
-STAGES = ("autoencoder", "decoder", "clip", "base", "refine", "rewards", "loras", "referee", "evaluate")
+BASE_STAGES = ("base", "refine", "settle", "temper")
+STAGES = ("autoencoder", "decoder", "clip", *BASE_STAGES, "rewards", "loras", "referee", "evaluate")
 FIGURES = {
-    "autoencoder", "decoder", "base", "refine", "clip", "reward-vivid", "reward-calm", "lora-vivid", "lora-calm",
+    "autoencoder", "decoder", *BASE_STAGES, "clip", "reward-vivid", "reward-calm", "lora-vivid", "lora-calm",
     "lora-vivid-kl1", "lora-calm-kl1", "referee", "evaluate", "evaluate-vivid", "evaluate-calm", "evaluate-asked",
 }
 CARDS = ("emoji", "emoji-clip", "emoji-rewards/vivid", "emoji-rewards/calm", "emoji-vivid", "emoji-calm")
@@ -165,8 +167,8 @@ def test_all_leaves_what_every_stage_promises(built: Places) -> None:
         free, held = (read_source(built.assets / "runs" / own).config.to_dict() for own in (name, f"{name}-kl1"))
         assert (free["kl_weight"], held["kl_weight"], free["model"], free["rewards"]) == (0, 1, "emoji", [name])
         assert {1, NUM_STEPS} <= set(list_checkpoints(built.assets / "runs" / name))
-    logs = {f"{stage}.jsonl" for stage in ("autoencoder", "decoder", "base", "refine", "clip", "reward-vivid")}
-    sheets = {f"{stage}-{NUM_STEPS:06d}.png" for stage in ("autoencoder", "decoder", "base", "refine")}
+    logs = {f"{stage}.jsonl" for stage in ("autoencoder", "decoder", *BASE_STAGES, "clip", "reward-vivid")}
+    sheets = {f"{stage}-{NUM_STEPS:06d}.png" for stage in ("autoencoder", "decoder", *BASE_STAGES)}
     assert logs | sheets <= names_in(built.work)
 
 
@@ -246,6 +248,8 @@ def test_training_the_decoder_alone_leaves_every_latent_as_it_is(assets: Path, t
     ("base", "emoji/vae/config.json", "autoencoder"),
     ("base", "emoji-clip/open_clip_config.json", "clip"),
     ("refine", "emoji/model_index.json", "base"),
+    ("settle", "emoji/model_index.json", "base"),
+    ("temper", "emoji/model_index.json", "base"),
     ("rewards", "emoji-clip/open_clip_config.json", "clip"),
     ("loras", "emoji/model_index.json", "base"),
     ("loras", "emoji-rewards/calm/open_clip_config.json", "rewards"),

@@ -1,11 +1,13 @@
 """Stage 2: text encoder and UNet of the built-in model, trained on cached latents of scenes.
 
 Most captions leave the drawing style out: a prompt that names none must give several drawings, because the variety
-within a prompt is what reward finetuning destroys and what this project measures.
+within a prompt is what reward finetuning destroys and what this project measures. Guidance destroys some of it too, so the
+last stage weakens it where the drawing is chosen, and makes up for that later.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +36,7 @@ MAX_SNR = 5.0  # beyond it a timestep's loss counts less
 WIDTH = 128  # of the text encoder and so of cross-attention
 EMPTY_ODDS, COLOUR_ODDS, STYLE_ODDS = 0.1, 0.4, 0.4
 MAX_SHARD_SIZE = "15MB"
+TEMPERED_FROM, SHARE_FROM, SHARE_BELOW = 600, 0.48, 4 / 3  # a timestep; shares of guidance after stage "temper"
 
 
 @dataclass(frozen=True)
@@ -122,25 +125,66 @@ def v_loss(model: nn.ModuleDict, scheduler: DDIMScheduler, latents: Tensor, toke
     there is noise. Source: Hang et al., "Min-SNR Weighting", arXiv 2303.09556. Differs: the weight is 1, not SNR / (SNR + 1),
     below MAX_SNR, so that the first step, of SNR 0, is learned too.
     """
-    device, num = latents.device, len(latents)
+    noisy, noise, timesteps = noised(scheduler, latents, generator)
+    velocity = scheduler.get_velocity(latents, noise, timesteps)
+    errors = (predict(model, noisy, timesteps, tokens) - velocity).square().mean((1, 2, 3))
+    clean = scheduler.alphas_cumprod.to(latents.device)[timesteps]  # SNR / (SNR + 1)
+    return {"loss": (errors * ((MAX_SNR + 1) * (1 - clean)).clamp_max(1)).mean()}
+
+
+def noised(scheduler: DDIMScheduler, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents [n, C, h, w] with noise, the noise, and their timesteps [n], one in each of n equal parts of the schedule."""
+    num = len(latents)
     places = (torch.arange(num) + torch.rand(num, generator=generator, dtype=torch.float64)) / num
-    timesteps = (places * scheduler.config.num_train_timesteps).long().to(device)
-    noise = torch.randn(latents.shape, generator=generator).to(device)
-    noisy = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
+    timesteps = (places * scheduler.config.num_train_timesteps).long().to(latents.device)
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    return scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last), noise, timesteps
+
+
+def predict(model: nn.ModuleDict, noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
+    """The velocity [n, C, h, w] for captions' tokens [n, l]."""
     unique, back = torch.unique(tokens, dim=0, return_inverse=True)
     embeds = model["text_encoder"](unique)[0][back]
-    predicted = model["unet"](noisy, timesteps, encoder_hidden_states=embeds).sample
-    errors = (predicted - scheduler.get_velocity(latents, noise, timesteps)).square().mean((1, 2, 3))
-    clean = scheduler.alphas_cumprod.to(device)[timesteps]  # SNR / (SNR + 1)
-    return {"loss": (errors * ((MAX_SNR + 1) * (1 - clean)).clamp_max(1)).mean()}
+    return model["unet"](noisy, timesteps, encoder_hidden_states=embeds).sample
+
+
+def temper_loss(model: nn.ModuleDict, teacher: nn.ModuleDict, scheduler: DDIMScheduler, latents: Tensor, tokens: Tensor,
+                empty: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """Mean squared error against the teacher's u + share · (c - u), where c and u are its predictions with and without the
+    caption: guidance of the new model then is the teacher's times `share`, which is less than 1 at the timesteps where the
+    drawing is chosen and more than 1 after them. Without a caption nothing changes.
+
+    Limits guidance to some noise levels as Kynkäänniemi et al., arXiv 2404.07724, but in the weights (Meng et al., arXiv
+    2210.03142, distil guidance), so that any sampler has it. Differs from both: what is distilled still takes guidance.
+
+    Args:
+        model: What is trained.
+        teacher: The same before this stage.
+        scheduler: Of training.
+        latents: [n, C, h, w].
+        tokens: Captions [n, l].
+        empty: The empty caption's tokens [l].
+        generator: The step's.
+    """
+    noisy, _, timesteps = noised(scheduler, latents, generator)
+    with torch.no_grad():
+        with_text, without = predict(teacher, noisy.repeat(2, 1, 1, 1), timesteps.repeat(2),
+                                     torch.cat([tokens, empty.expand_as(tokens)])).chunk(2)
+        target = without + guidance_share(timesteps)[:, None, None, None] * (with_text - without)
+    return {"loss": (predict(model, noisy, timesteps, tokens) - target).square().mean()}
+
+
+def guidance_share(timesteps: Tensor) -> Tensor:
+    """The share of guidance that stage "temper" leaves, [n]: 3 becomes 1.44 from timestep 600 on, and 4 below."""
+    return torch.where(timesteps >= TEMPERED_FROM, SHARE_FROM, SHARE_BELOW)
 
 
 def run(recipe: Recipe, world: World, channels: tuple[int, int, int], *, stage: str, clip_dir: Path, work_dir: Path,
         output_dir: Path, seed: int, resume: bool, device: str) -> dict[str, float]:
     """Train and write `output_dir` as a StableDiffusionPipeline folder (the autoencoder must be there already).
 
-    Stage "base" begins with a new UNet and, as its text encoder, the text tower of the CLIP in `clip_dir`; "refine" goes on
-    with both from `output_dir`. They are trained together.
+    Stage "base" begins with a new UNet and, as its text encoder, the text tower of the CLIP in `clip_dir`; the others go on
+    with both from `output_dir`. They are trained together, in stage "temper" on what they predicted before it.
 
     Returns:
         The number of the UNet's weights in millions, and what it was shown; quality is measured by `evaluate`.
@@ -150,16 +194,17 @@ def run(recipe: Recipe, world: World, channels: tuple[int, int, int], *, stage: 
     vae = AutoencoderKL.from_pretrained(output_dir / "vae", torch_dtype=torch.float32).eval()
     vae.to(memory_format=torch.channels_last)
     icons = world.icons()
-    scenes = compose(icons, balanced_icons(icons, world.num_scenes, generator), world.spec, generator)
+    num_scenes = min(world.num_scenes, recipe.num_steps * recipe.batch_size)  # no more than it can be shown
+    scenes = compose(icons, balanced_icons(icons, num_scenes, generator), world.spec, generator)
     with torch.autocast(device, torch.bfloat16, enabled=recipe.bf16):
         latents = encode_scenes(vae, scenes.images)
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
     model = nn.ModuleDict({"unet": build_unet(channels), "text_encoder": build_text_encoder(tokenizer)})
-    if stage == "refine":
+    if stage == "base":
+        take_over(load_clip(clip_dir).net, model["text_encoder"])
+    else:
         for name, part in model.items():
             part.load_state_dict(type(part).from_pretrained(output_dir / name, torch_dtype=torch.float32).state_dict())
-    else:
-        take_over(load_clip(clip_dir).net, model["text_encoder"])
     model.to(device)
 
     if device == "cpu":
@@ -167,13 +212,21 @@ def run(recipe: Recipe, world: World, channels: tuple[int, int, int], *, stage: 
     if recipe.compiled:
         model["unet"].compile()
 
+    def tokenized(texts: list[str]) -> Tensor:
+        return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
+
+    teacher = copy.deepcopy(model).eval().requires_grad_(False) if stage == "temper" else None
+    empty_tokens = tokenized([""])[0]
+
     def loss_fn(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         chosen = torch.randint(len(latents), (recipe.batch_size,), generator=generator)
         texts = captions(icons, scenes, chosen, generator, colour_odds=COLOUR_ODDS, style_odds=STYLE_ODDS, in_order=True)
         empty = torch.rand(len(texts), generator=generator) < EMPTY_ODDS
         texts = ["" if none else text for text, none in zip(texts, empty.tolist(), strict=True)]
-        tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
-        return v_loss(model, scheduler, latents[chosen].float().to(device), tokens, generator)
+        shown, tokens = latents[chosen].float().to(device), tokenized(texts)
+        if teacher is not None:
+            return temper_loss(model, teacher, scheduler, shown, tokens, empty_tokens, generator)
+        return v_loss(model, scheduler, shown, tokens, generator)
 
     def pipeline(average: nn.Module) -> StableDiffusionPipeline:
         pipe = StableDiffusionPipeline(vae.to(device), average["text_encoder"], tokenizer, average["unet"], build_sampler(),

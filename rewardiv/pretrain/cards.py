@@ -15,6 +15,11 @@ TASTES = {
              "them, and on what colour. In most pairs both pictures show the same drawing and differ in one of these.",
 }
 LORAS = (*TASTES, "mixed")
+LATER = {  # stages that go on with the base model, and how
+    "refine": "with more pairs", "settle": "with single drawings in about one place",
+    "temper": "towards their own predictions with half the guidance from timestep 600, where the drawing is chosen, and a "
+              "third more below",
+}
 DATA = """## Data and licences
 
 Emoji art by nine artists' packs (`assets/emoji`, with its ATTRIBUTION.md): Noto and its blobs (Apache-2.0), Fluent in three
@@ -44,8 +49,8 @@ def trained(figures: dict) -> str:
 
 def base_card(name: str, figures: dict[str, dict]) -> str:
     """checkpoints/emoji."""
-    vae, decoder, base, refined, measured, asked = (
-        figures.get(key, {}) for key in ("autoencoder", "decoder", "base", "refine", "evaluate", "evaluate-asked"))
+    vae, decoder, base, measured, asked = (
+        figures.get(key, {}) for key in ("autoencoder", "decoder", "base", "evaluate", "evaluate-asked"))
     return "\n".join([
         "# emoji: a text-to-image diffusion model that runs anywhere\n",
         "A diffusers `StableDiffusionPipeline` at 64 × 64 pixels that draws "
@@ -61,7 +66,8 @@ def base_card(name: str, figures: dict[str, dict]) -> str:
         *([f"- Then its decoder alone, on latents with a little noise: {trained(decoder)}."] if decoder else []),
         f"- UNet ({base.get('unet_weights_m', '?')} M weights) and text encoder (2 layers, 1,747 tokens), together: "
         f"{trained(base)}. v-prediction, zero terminal SNR, AdamW, averaged weights.",
-        *([f"- Then both again, with more pairs (`pretrain refine`): {trained(refined)}."] if refined else []),
+        *(f"- Then both again, {how} (`pretrain {stage}`): {trained(figures[stage])}." for stage, how in LATER.items()
+          if stage in figures),
         "- Rebuild: `python -m rewardiv pretrain all` (needs only what the repository holds; on a CPU with AMX and with a C++ "
         "compiler add `--bf16 --compile`: twice as fast).\n",
         "## Measured\n",

@@ -19,7 +19,8 @@ from rewardiv.runs import read_jsonl, write_json
 if TYPE_CHECKING:
     from rewardiv.pretrain.loop import Recipe
 
-STAGES = ("data", "autoencoder", "decoder", "clip", "base", "refine", "rewards", "loras", "referee", "evaluate", "all")
+STAGES = ("data", "autoencoder", "decoder", "clip", "base", "refine", "settle", "temper", "rewards", "loras", "referee",
+          "evaluate", "all")
 
 MAKES = {  # by which files under --output-dir a later stage knows that a stage is done
     "autoencoder": ("emoji/vae/config.json",),
@@ -28,7 +29,8 @@ MAKES = {  # by which files under --output-dir a later stage knows that a stage 
 }
 NEEDS = {
     "decoder": ("autoencoder",),
-    "base": ("autoencoder", "clip"), "refine": ("base",), "rewards": ("clip",), "loras": ("base", "clip", "rewards"),
+    "base": ("autoencoder", "clip"), "refine": ("base",), "settle": ("base",), "temper": ("base",),
+    "rewards": ("clip",), "loras": ("base", "clip", "rewards"),
     "evaluate": ("base", "clip"),
 }
 UNTRAINED = ("data", "evaluate", "all")  # --num-steps means nothing there
@@ -155,15 +157,15 @@ def build_autoencoder(stage: str, job: Job) -> None:
 
 
 def build_base(stage: str, job: Job) -> None:
-    """checkpoints/emoji: the whole pipeline folder, new, or gone on with by "refine"."""
+    """checkpoints/emoji: the whole pipeline folder, new, or gone on with by "refine", "settle" and "temper"."""
     from rewardiv.pretrain import base_model
     from rewardiv.pretrain.presets import PRESETS
 
     preset = PRESETS[job.preset_name]
-    world = preset.world if stage == "base" else preset.refined
-    figures = base_model.run(recipe_of(job, stage), world, preset.channels, stage=stage, work_dir=job.work_dir,
+    worlds = {"base": preset.world, "refine": preset.refined, "settle": preset.settled, "temper": preset.settled}
+    figures = base_model.run(recipe_of(job, stage), worlds[stage], preset.channels, stage=stage, work_dir=job.work_dir,
                              clip_dir=job.output_dir / "emoji-clip", output_dir=job.output_dir / "emoji",
-                             seed=job.seed + (stage == "refine"), resume=job.resume, device=preset.device)
+                             seed=job.seed + list(worlds).index(stage), resume=job.resume, device=preset.device)
     record(job, stage, figures, job.work_dir / f"{stage}.jsonl")
 
 
@@ -235,9 +237,9 @@ def evaluate(job: Job) -> None:
     places = {"base_dir": job.output_dir / "emoji", "clip_dir": job.output_dir / "emoji-clip", "device": preset.device}
     has_referee = (job.work_dir / referee.REFEREE_NAME).exists()
     judge = referee.load_referee(job.work_dir, len(preset.world.icons().concepts)) if has_referee else None
-    record(job, "evaluate", measure(preset.world, judge, sheet_path=job.assets_dir / "contact-sheet.webp", **places))
+    record(job, "evaluate", measure(preset.settled, judge, sheet_path=job.assets_dir / "contact-sheet.webp", **places))
     if judge:
-        record(job, "evaluate-asked", measure_asked(judge, preset.world, base_dir=places["base_dir"], device=preset.device,
+        record(job, "evaluate-asked", measure_asked(judge, preset.settled, base_dir=places["base_dir"], device=preset.device,
                                                     sheet_path=job.assets_dir / "contact-sheet-composed.webp"))
     for name in loras:
         reward_dir = job.output_dir / "emoji-rewards" / preset.families[name].rewards[0]
@@ -248,6 +250,6 @@ def evaluate(job: Job) -> None:
 RUNNERS: dict[str, Callable[[Job], None]] = {
     "data": build_data, "autoencoder": partial(build_autoencoder, "autoencoder"),
     "decoder": partial(build_autoencoder, "decoder"), "clip": build_clip, "base": partial(build_base, "base"),
-    "refine": partial(build_base, "refine"),
+    **{stage: partial(build_base, stage) for stage in ("refine", "settle", "temper")},
     "rewards": build_rewards, "loras": build_loras, "referee": build_referee, "evaluate": evaluate,
 }

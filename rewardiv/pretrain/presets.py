@@ -25,6 +25,8 @@ class Preset:
     decoder: Recipe
     base: Recipe
     refine: Recipe
+    settle: Recipe
+    temper: Recipe
     clip: Recipe
     reward: Recipe
     referee: Recipe
@@ -35,6 +37,12 @@ class Preset:
     def refined(self) -> World:
         """What stage "refine" trains on: the same things, more of them together."""
         return replace(self.world, spec=replace(self.world.spec, **REFINED))
+
+    @property
+    def settled(self) -> World:
+        """What stages "settle" and "temper" train on, and what the finished model is measured against: a single drawing
+        always stands in about the same place."""
+        return replace(self.world, spec=replace(self.world.spec, **SETTLED), num_scenes=self.world.num_scenes * 3 // 8)
 
     @property
     def judges(self) -> list[str]:
@@ -56,11 +64,13 @@ def tastes(settings: dict[str, Setting]) -> dict[str, Family]:
 ARTISTS = ("noto", "noto-v1", "twemoji", "fluent-3d", "emojione", "fxemoji", "streamline")  # one drawing each
 COMPOSED = {"small": 0.06, "large": 0.06, "counted": 0.18, "paired": 0.18}  # shares of scenes
 REFINED = {"small": 0.05, "large": 0.05, "counted": 0.15, "paired": 0.35}  # of stage "refine": pairs take longest to learn
+SETTLED = {"min_size": 0.86, "max_size": 0.88, "shift": 0.1}  # of a single drawing: what is left to learn is how it looks
 
 PRESETS = {
     # Seven artists and all concepts. With --bf16 --compile on two cores with AMX: autoencoder 11 minutes, CLIP 33 (one core),
     # base model 106 minutes, a LoRA about four (one core). Without AMX the base model alone takes about seven hours; refine
-    # took 143 minutes there, decoder 56, the referee 91, a LoRA 9 to 14 (one core each).
+    # took 143 minutes there, decoder 56, a LoRA 9 to 14 (one core each). With AVX-512 BF16 and --bf16 settle took 29 minutes,
+    # temper 10, the referee 29 (one core).
     "cpu": Preset(
         device="cpu",
         world=World(max_tier=2, styles=ARTISTS, spec=SceneSpec(min_size=0.8, max_size=0.92, shift=0.4, **COMPOSED),
@@ -71,6 +81,8 @@ PRESETS = {
         decoder=Recipe(num_steps=2600, batch_size=16, learning_rate=1e-3, hold=0.3, ema_decay=0.998),
         base=Recipe(num_steps=12_000, batch_size=64, learning_rate=1e-3, hold=0.5, ema_decay=0.999),
         refine=Recipe(num_steps=6000, batch_size=32, learning_rate=6e-4, hold=0.3, ema_decay=0.999),
+        settle=Recipe(num_steps=3800, batch_size=32, learning_rate=6e-4, num_warmup_steps=60, ema_decay=0.999),
+        temper=Recipe(num_steps=700, batch_size=32, learning_rate=2e-4, num_warmup_steps=20, ema_decay=0.99),
         clip=Recipe(num_steps=3600, batch_size=128, learning_rate=1e-3, ema_decay=0.995, weight_decay=0.05),
         reward=Recipe(num_steps=250, batch_size=32, learning_rate=3e-4, num_warmup_steps=20, ema_decay=0.98),
         referee=Recipe(num_steps=2200, batch_size=96, learning_rate=2e-3, weight_decay=0.05, ema_decay=0.995),
@@ -87,6 +99,8 @@ PRESETS = {
         decoder=Recipe(num_steps=20_000, batch_size=32, learning_rate=1e-3, hold=0.3),
         base=Recipe(num_steps=60_000, batch_size=256, learning_rate=8e-4, hold=0.5, ema_decay=0.9995),
         refine=Recipe(num_steps=20_000, batch_size=256, learning_rate=6e-4, hold=0.35, ema_decay=0.9995),
+        settle=Recipe(num_steps=10_000, batch_size=256, learning_rate=6e-4, ema_decay=0.9995),
+        temper=Recipe(num_steps=1000, batch_size=256, learning_rate=2e-4, ema_decay=0.99),
         clip=Recipe(num_steps=8000, batch_size=256, learning_rate=1e-3, weight_decay=0.05),
         reward=Recipe(num_steps=1500, batch_size=64, learning_rate=3e-4),
         referee=Recipe(num_steps=12_000, batch_size=256, learning_rate=2e-3, weight_decay=0.05),
