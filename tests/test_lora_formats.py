@@ -246,8 +246,9 @@ def everything(pipe: DiffusionPipeline) -> list[Tensor]:
 
 
 def close(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Equal but for the order in which a CPU adds: with AVX-512 a row in a batch differs by up to 1.4e-5 from the row alone."""
     for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(one, other, atol=5e-5, rtol=1e-5)
 
 
 @every_layout
