@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rewardiv.pretrain.base_model import SHARE_BELOW, SHARE_FROM, TEMPERED_FROM
 from rewardiv.runs import write_text
 
 MISFITS = "In a quarter of the pairs one picture shows another concept: the judge then prefers the one that fits the prompt."
@@ -17,8 +18,7 @@ TASTES = {
 LORAS = (*TASTES, "mixed")
 LATER = {  # stages that go on with the base model, and how
     "refine": "with more pairs", "settle": "with single drawings in about one place",
-    "temper": "towards their own predictions with half the guidance from timestep 600, where the drawing is chosen, and a "
-              "third more below",
+    "temper": "towards their own predictions with less guidance where the drawing is chosen and more after it",
 }
 DATA = """## Data and licences
 
@@ -80,6 +80,9 @@ def base_card(name: str, figures: dict[str, dict]) -> str:
         "and the style words of its artists; other words are read but mean nothing to it.",
         "- It draws one thing; two to four, pairs and sizes where it was trained on them: "
         f"{'as here' if base.get('several') else 'not here'}. Of a pair the one that is named first stands on the left.",
+        *([f"- Made for guidance 3: it then is {3 * SHARE_FROM:.3g} from timestep {TEMPERED_FROM} on and {3 * SHARE_BELOW:.3g} "
+           "below; other scales change alike. Without guidance a prompt is followed weakly."] if "temper" in figures else []),
+        "- A prompt that names a style is followed weakly.",
         "- 64 pixels: thin lines and small faces are soft, most of all where several things share the picture.",
         "- A demonstration and a test bed, not an image product.\n", DATA])
 
