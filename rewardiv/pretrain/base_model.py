@@ -184,7 +184,8 @@ def run(recipe: Recipe, world: World, channels: tuple[int, int, int], *, stage: 
     """Train and write `output_dir` as a StableDiffusionPipeline folder (the autoencoder must be there already).
 
     Stage "base" begins with a new UNet and, as its text encoder, the text tower of the CLIP in `clip_dir`; the others go on
-    with both from `output_dir`. They are trained together, in stage "temper" on what they predicted before it.
+    with both from `output_dir`. They are trained together, in stage "temper" on what `output_dir` predicts: tempered again, a
+    model is tempered twice.
 
     Returns:
         The number of the UNet's weights in millions, and what it was shown; quality is measured by `evaluate`.
@@ -203,10 +204,8 @@ def run(recipe: Recipe, world: World, channels: tuple[int, int, int], *, stage: 
     if stage == "base":
         take_over(load_clip(clip_dir).net, model["text_encoder"])
     else:
-        for name, part in model.items():
-            part.load_state_dict(type(part).from_pretrained(output_dir / name, torch_dtype=torch.float32).state_dict())
+        go_on_from(output_dir, model)
     model.to(device)
-
     if device == "cpu":
         model["unet"].set_attn_processor(AttnProcessor())  # torch's fused attention is slow there, its backward pass above all
     if recipe.compiled:
@@ -235,10 +234,7 @@ def run(recipe: Recipe, world: World, channels: tuple[int, int, int], *, stage: 
         return pipe
 
     def sheet(average: nn.Module) -> Tensor:
-        shown = icons.concepts[::max(len(icons.concepts) // 8, 1)][:8]
-        several = [caption(one, number=3) for one in shown[:4]] + [caption(*two) for two in pairwise(shown[3:])]
-        prompts = [prompt for prompt in shown + several for _ in range(4)]
-        images = pipeline(average)(prompts, num_inference_steps=10, guidance_scale=3.0, output_type="pt",
+        images = pipeline(average)(sheet_prompts(icons.concepts), num_inference_steps=10, guidance_scale=3.0, output_type="pt",
                                    generator=torch.Generator().manual_seed(0)).images
         return make_grid(images.cpu(), nrow=8)
 
@@ -246,6 +242,19 @@ def run(recipe: Recipe, world: World, channels: tuple[int, int, int], *, stage: 
     save_pipeline(pipeline(average), output_dir)
     return {"unet_weights_m": round(sum(p.numel() for p in average["unet"].parameters()) / 1e6, 2),
             "max_tier": world.max_tier, "several": world.spec.counted + world.spec.paired > 0}
+
+
+def go_on_from(folder: Path, model: nn.ModuleDict) -> None:
+    """Give the networks the weights that a pipeline's folder has, in fp32."""
+    for name, part in model.items():
+        part.load_state_dict(type(part).from_pretrained(folder / name, torch_dtype=torch.float32).state_dict())
+
+
+def sheet_prompts(concepts: list[str]) -> list[str]:
+    """Of a stage's sheets: eight concepts, three each of four of them, and pairs, four times each."""
+    shown = concepts[::max(len(concepts) // 8, 1)][:8]
+    several = [caption(one, number=3) for one in shown[:4]] + [caption(*two) for two in pairwise(shown[3:])]
+    return [prompt for prompt in shown + several for _ in range(4)]
 
 
 def save_pipeline(pipe: StableDiffusionPipeline, output_dir: Path) -> None:

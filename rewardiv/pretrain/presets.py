@@ -41,7 +41,7 @@ class Preset:
     @property
     def settled(self) -> World:
         """What stages "settle" and "temper" train on, and what the finished model is measured against: a single drawing
-        always stands in about the same place."""
+        always stands in about the same place, so that fewer scenes show all there is."""
         return replace(self.world, spec=replace(self.world.spec, **SETTLED), num_scenes=self.world.num_scenes * 3 // 8)
 
     @property
