@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import shutil
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,7 +74,7 @@ class Places:
 
     def pretrain(self, stage: str, *options: str) -> int:
         """The exit code of the command."""
-        places = ["--output-dir", str(self.out), "--work-dir", str(self.work), "--assets-dir", str(self.assets),
+        places = ["--output-dir", os.path.relpath(self.out), "--work-dir", str(self.work), "--assets-dir", str(self.assets),
                   "--packages-dir", str(data.ASSETS / "packages")]
         return main(["pretrain", stage, *places, *options])
 
@@ -222,6 +224,31 @@ def test_stages_in_turn_each_killed_and_resumed_equal_all_at_once(
     assert list(whole) == list(resumed) and len(whole) > 100
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
     assert set(json.loads((parts.out / "figures.json").read_text())) == FIGURES
+
+
+def test_tempering_for_longer_has_the_teacher_that_it_began_with(built: Places, tmp_path: Path) -> None:
+    longer = ("--resume", "--num-steps", str(NUM_STEPS + 2))
+    results = []
+    for name in ("tempered", "settled"):
+        places = Places(tmp_path / name)
+        shutil.copytree(built.root, places.root)
+        if name == "settled":  # the base model as it was when the stage began
+            assert places.pretrain("settle", "--resume") == 0
+        assert places.pretrain("temper", *longer) == 0
+        results.append(places.weights())
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+    assert any(not torch.equal(value, results[0][name]) for name, value in built.weights().items())
+
+
+def test_loras_that_are_done_go_on_when_more_steps_are_asked_for(built: Places, tmp_path: Path) -> None:
+    places, logs = Places(tmp_path / "longer"), []
+    shutil.copytree(built.out, places.out)
+    for num_steps in (NUM_STEPS, NUM_STEPS + 1):
+        assert places.pretrain("loras", "--resume", "--num-steps", str(num_steps)) == 0
+        logs.append([(places.assets / "runs" / name / "metrics.jsonl").read_text() for name in ("vivid", "vivid-kl1")])
+        assert read_source(places.assets / "runs" / "vivid").config.max_train_steps == num_steps
+    for before, after in zip(*logs, strict=True):
+        assert after.startswith(before) and len(after.splitlines()) == NUM_STEPS + 1
 
 
 def test_a_finished_run_is_not_overwritten_without_being_told(built: Places, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ from rewardiv.pretrain.loop import Recipe, train
 from rewardiv.pretrain.scenes import Icons, balanced_icons, captions, compose, load_icons
 from rewardiv.pretrain.tokenizer import MAX_LENGTH, build_tokenizer
 from rewardiv.pretrain.wording import caption
-from rewardiv.runs import replaced_dir, write_text
+from rewardiv.runs import replaced_dir, write_atomic, write_text
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -184,8 +184,8 @@ def run(recipe: Recipe, world: World, channels: tuple[int, int, int], *, stage: 
     """Train and write `output_dir` as a StableDiffusionPipeline folder (the autoencoder must be there already).
 
     Stage "base" begins with a new UNet and, as its text encoder, the text tower of the CLIP in `clip_dir`; the others go on
-    with both from `output_dir`. They are trained together, in stage "temper" on what `output_dir` predicts: tempered again, a
-    model is tempered twice.
+    with both from `output_dir`. They are trained together, in stage "temper" on what `output_dir` predicted when that stage
+    began: begun anew from a model that is tempered already, it tempers twice.
 
     Returns:
         The number of the UNet's weights in millions, and what it was shown; quality is measured by `evaluate`.
@@ -214,7 +214,7 @@ def run(recipe: Recipe, world: World, channels: tuple[int, int, int], *, stage: 
     def tokenized(texts: list[str]) -> Tensor:
         return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
 
-    teacher = copy.deepcopy(model).eval().requires_grad_(False) if stage == "temper" else None
+    teacher = kept_teacher(model, work_dir, device) if stage == "temper" else None
     empty_tokens = tokenized([""])[0]
 
     def loss_fn(step: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -248,6 +248,17 @@ def go_on_from(folder: Path, model: nn.ModuleDict) -> None:
     """Give the networks the weights that a pipeline's folder has, in fp32."""
     for name, part in model.items():
         part.load_state_dict(type(part).from_pretrained(folder / name, torch_dtype=torch.float32).state_dict())
+
+
+def kept_teacher(model: nn.ModuleDict, folder: Path, device: str) -> nn.ModuleDict:
+    """A frozen copy of the model as it was when stage "temper" began, kept in the work folder: a run that is resumed after it
+    was finished finds a tempered model in the output folder, and would temper that."""
+    path = folder / "temper-teacher.pt"
+    if not (folder / "temper.pt").exists():
+        write_atomic(path, lambda partial: torch.save(model.state_dict(), partial))
+    teacher = copy.deepcopy(model)
+    teacher.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+    return teacher.eval().requires_grad_(False)
 
 
 def sheet_prompts(concepts: list[str]) -> list[str]:

@@ -79,7 +79,7 @@ def run(name: str, family: Family, kl_weight: float, *, output_dir: Path, work_d
         family: What it is trained on.
         kl_weight: Of the authors' KL.
         output_dir: Where the base model and the rewards lie, and the free LoRA's weights go, as `emoji-<name>`.
-        work_dir: Where the run itself lies; one that was stopped goes on, one that is done stays, if `resume`.
+        work_dir: Where the run itself lies; if `resume`, one that has fewer steps than asked goes on, another stays.
         runs_dir: Where the small export goes, in place of an earlier one.
         seed: Of the run.
         device: Of the run.
@@ -89,13 +89,13 @@ def run(name: str, family: Family, kl_weight: float, *, output_dir: Path, work_d
         First and last mean reward of a step, the time, and the settings.
     """
     own = member(name, kl_weight)
-    folder = work_dir / "loras" / own
+    folder, output_dir = work_dir / "loras" / own, output_dir.absolute()  # the export tells places by that
     config = TrainConfig(
         output_dir=str(folder), model=str(output_dir / "emoji"), seed=seed, device=device, kl_weight=kl_weight,
         rewards=tuple(str(output_dir / "emoji-rewards" / reward) for reward in family.rewards),
         prompts_file=str(ASSETS / family.prompts),
         resume_from_checkpoint="latest" if resume else "", **family.settings)
-    if not (resume and is_run(folder) and read_job(folder).state == "done"):
+    if not (resume and is_done(folder, config.max_train_steps)):
         with (tqdm(total=config.max_train_steps, desc=own, unit="step") as bar,
               closing(supervise(config, partial(_records, config))) as records):
             for record in records:
@@ -114,6 +114,11 @@ def run(name: str, family: Family, kl_weight: float, *, output_dir: Path, work_d
     return {"reward_first": round(steps[0]["reward_mean"], 3), "reward_last": round(steps[-1]["reward_mean"], 3),
             "num_steps": len(steps), "training_s": round(steps[-1]["elapsed_s"]),
             "taste": family.taste, "settings": {"rewards": list(family.rewards), "prompts": family.prompts, **family.settings}}
+
+
+def is_done(folder: Path, num_steps: int) -> bool:
+    """Whether a folder holds a finished run of at least so many steps."""
+    return is_run(folder) and (job := read_job(folder)).state == "done" and job.step >= num_steps
 
 
 def early_steps(folder: Path) -> list[int]:
