@@ -147,7 +147,8 @@ def lora_card(name: str, figures: dict[str, dict]) -> str:
     """checkpoints/emoji-<name>."""
     lora, measured = figures.get(f"lora-{name}", {}), figures.get(f"evaluate-{name}", {})
     settings = lora.get("settings", {})
-    held = [key.removeprefix("lora-") for key in figures if key.startswith(f"lora-{name}-kl")]
+    held = sorted((key.removeprefix("lora-") for key in figures if key.startswith(f"lora-{name}-kl")),
+                  key=lambda own: float(own.rpartition("kl")[2]))
     lines = [
         f"# emoji-{name}: a reward LoRA that over-optimises on purpose\n",
         f"Made for `checkpoints/emoji` by DRaFT-{settings.get('grad_steps', 1)} on {lora.get('taste', f'the {name} reward')}",

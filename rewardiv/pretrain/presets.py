@@ -70,7 +70,7 @@ PRESETS = {
     # Seven artists and all concepts. With --bf16 --compile on two cores with AMX: autoencoder 11 minutes, CLIP 33 (one core),
     # base model 106 minutes, a LoRA about four (one core). Without AMX the base model alone takes about seven hours; refine
     # took 143 minutes there, decoder 56, a LoRA 9 to 14 (one core each). With AVX-512 BF16 and --bf16 settle took 29 minutes,
-    # temper 10, the referee 29 (one core).
+    # temper 10, the referee 29 and a LoRA 4 (one core each).
     "cpu": Preset(
         device="cpu",
         world=World(max_tier=2, styles=ARTISTS, spec=SceneSpec(min_size=0.8, max_size=0.92, shift=0.4, **COMPOSED),
