@@ -300,7 +300,8 @@ def test_a_missing_earlier_stage_is_named_before_anything_is_done(
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.symlink_to(path)
     assert places.pretrain(stage) == 2
-    assert capsys.readouterr().err.strip() == f"error: {hidden} is missing; build it first: python -m rewardiv pretrain {maker}"
+    expected = f"error: {os.path.relpath(hidden)} is missing; build it first: python -m rewardiv pretrain {maker}"
+    assert capsys.readouterr().err.strip() == expected
     assert not places.work.exists()
 
 

@@ -154,6 +154,6 @@ def test_the_prepared_runs_can_be_read_and_show_collapse_and_what_holds_it_back(
         assert {best_tradeoff(probes[name], steps).step, end.step} <= set(steps)
     for name in FAMILIES:
         assert probes[name][-1].gain > 0 and len(list_checkpoints(runs[name].folder)) >= 4
-    assert all(collapse_onset(probes[name]) for name in ("vivid", "calm"))
-    free, held = probes["vivid"][-1], probes[member("vivid", weights[-1])][-1]
+    assert all(collapse_onset(probes[name]) for name in FAMILIES)
+    free, held = probes["mixed"][-1], probes[member("mixed", weights[-1])][-1]
     assert held.trace_ratio > free.trace_ratio and held.gain < free.gain
