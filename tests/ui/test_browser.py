@@ -58,6 +58,7 @@ def unfold(page: Page, title: str, inside: Locator) -> None:
     if not inside.is_visible():
         page.get_by_text(title, exact=True).first.click()
         expect(inside).to_be_visible()
+        page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")  # it listens
 
 
 def set_seeds_and_steps(page: Page, seeds: str, steps: int) -> None:
