@@ -200,11 +200,12 @@ def lora_scale(network: nn.Module, adapters: Adapters, scale: float | Tensor) ->
     if rows.ndim and bool((rows == rows[0]).all()):
         rows = rows[0]
     weights = _weights(adapters)
-    layers = {layer: {} for name in weights for layer in _layers_of(network, name)}
+    every = _layers(network)
+    layers = {layer: {} for name in weights for layer in _having(name, every)}
     for layer, own in layers.items():
         own.update({name: layer.scaling[name] for name in weights if name in layer.scaling})
     names = [] if not rows.ndim and not rows else [name for name, weight in weights.items() if weight]
-    active = [(layer, layer._active_adapter, layer._disable_adapters) for layer in _layers(network)]
+    active = [(layer, layer._active_adapter, layer._disable_adapters) for layer in every]
     hooks = []
     try:
         for layer, _, _ in active:
@@ -244,14 +245,27 @@ def _row_scales(factors: Mapping[str, float], rows: Tensor) -> Callable[[LoraLay
 
 
 def _layers(network: nn.Module) -> list[LoraLayer]:
-    return [module for module in network.modules() if isinstance(module, LoraLayer)]
+    """All LoRA layers, in the order of `modules()`, which takes twice as long and more: every call of the network does this."""
+    found, ahead = [], [network]
+    while ahead:
+        module = ahead.pop()
+        if isinstance(module, LoraLayer):
+            found.append(module)
+        else:
+            ahead += reversed(list(module.children()))
+    return found
 
 
 def _layers_of(network: nn.Module, name: str) -> list[LoraLayer]:
-    layers = [layer for layer in _layers(network) if name in layer.lora_A]
-    if not layers:
+    return _having(name, _layers(network))
+
+
+def _having(name: str, layers: Sequence[LoraLayer]) -> list[LoraLayer]:
+    """Those of the layers that have the adapter."""
+    having = [layer for layer in layers if name in layer.lora_A]
+    if not having:
         raise KeyError(f"no adapter '{name}'")
-    return layers
+    return having
 
 
 def _base(module: nn.Module) -> nn.Module:

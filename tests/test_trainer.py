@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["a cat face", "a red cat", "face"]
 WEIGHTS = "pytorch_lora_weights.safetensors"
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["rewardiv.trainer"])
+CONTEXT.set_forkserver_preload(["rewardiv.trainer", "open_clip"])
 Change = tuple[str, str]  # an audit event and a pattern that its path matches
 
 

@@ -17,9 +17,9 @@ from rewardiv.ui import create_demo, launch_options
 from rewardiv.ui.train_list import SCRIPT
 
 FORM = {  # of a run that takes a few seconds
-    "max_train_steps": "200", "probe_every": "100", "learning_rate": "0.0001", "train_batch_size": "2",
+    "max_train_steps": "120", "probe_every": "60", "learning_rate": "0.0001", "train_batch_size": "2",
     "num_inference_steps": "2", "grad_steps": "1", "num_probe_prompts": "2", "num_probe_seeds": "2",
-    "checkpointing_steps": "100",
+    "checkpointing_steps": "60",
 }
 RunWriter = Callable[..., Path]
 
@@ -92,13 +92,13 @@ def test_the_command_follows_the_form_and_a_mistake_loses_nothing(page: Page, ti
     for name, text in FORM.items():
         fill(page, name, text)
     command = page.locator("#rd-train-command")
-    expect(command).to_contain_text("--checkpointing-steps 100")
+    expect(command).to_contain_text("--checkpointing-steps 60")
     expect(command).to_contain_text("--reward colorfulness")
     fill(page, "num_inference_steps", "0")
     expect(page.locator("#rd-say")).to_contain_text("num_inference_steps is 0")
     page.click("#rd-start")
     expect(page.locator("#rd-say .rd-wrong")).to_be_visible()
-    assert page.locator("#rd-t-max_train_steps input").input_value() == "200"
+    assert page.locator("#rd-t-max_train_steps input").input_value() == "120"
     fill(page, "num_inference_steps", "2")
     expect(page.locator("#rd-say")).not_to_contain_text("num_inference_steps")
 
@@ -118,12 +118,12 @@ def test_a_run_starts_moves_survives_a_reload_stops_and_restarts_to_its_end(page
     page.click("#rd-run-stop")
     wait_for_state(page, "stopped")
     stopped_at = read_job(runs_dir / "first").step
-    assert before < stopped_at < 200 and not page.is_visible("#rd-run-stop")
+    assert before < stopped_at < 120 and not page.is_visible("#rd-run-stop")
     page.click("#rd-run-restart")
     wait_for_state(page, "done")
-    assert steps_done(page) == 200
+    assert steps_done(page) == 120
     lines = (runs_dir / "first" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 200  # none was lost and none done twice
+    assert len(lines) == 120  # none was lost and none done twice
 
 
 def test_the_plots_and_the_log_are_there(page: Page) -> None:
@@ -134,11 +134,11 @@ def test_the_plots_and_the_log_are_there(page: Page) -> None:
 
 def test_the_slider_scrubs_the_probes_with_the_keyboard(page: Page) -> None:
     slider, picture = page.locator("#rd-probe input"), page.locator("#rd-probe .rd-probe-now")
-    expect(page.locator("#rd-probe output")).to_have_text("step 200")
+    expect(page.locator("#rd-probe output")).to_have_text("step 120")
     last = picture.get_attribute("src")
     slider.focus()
     page.keyboard.press("ArrowLeft")
-    expect(page.locator("#rd-probe output")).to_have_text("step 100")
+    expect(page.locator("#rd-probe output")).to_have_text("step 60")
     assert picture.get_attribute("src") != last
     page.keyboard.press("Home")
     expect(page.locator("#rd-probe output")).to_have_text("step 0")
@@ -146,7 +146,7 @@ def test_the_slider_scrubs_the_probes_with_the_keyboard(page: Page) -> None:
         shown = page.locator(f"#rd-probe .rd-probe-{kind}")
         page.wait_for_function("image => image.complete && image.naturalWidth > 0", arg=shown.element_handle())
     page.keyboard.press("ArrowRight")
-    expect(page.locator("#rd-probe output")).to_have_text("step 100")
+    expect(page.locator("#rd-probe output")).to_have_text("step 60")
 
 
 def test_a_method_is_tried_on_the_checkpoint_that_the_slider_stands_on(page: Page) -> None:
@@ -159,18 +159,18 @@ def test_a_method_is_tried_on_the_checkpoint_that_the_slider_stands_on(page: Pag
     expect(method).to_have_value("aig:cosine")
     page.click("#rd-try-draw")
     page.wait_for_selector("#rd-try-grid .rd-done")
-    assert "AIG cosine" in page.inner_text("#rd-try-grid") and "checkpoint of step 100" in page.inner_text("#rd-try-grid")
+    assert "AIG cosine" in page.inner_text("#rd-try-grid") and "checkpoint of step 60" in page.inner_text("#rd-try-grid")
     assert page.locator("#rd-try-grid .rd-cell").count() == 3 * 4
 
 
 def test_a_checkpoint_goes_to_the_compare_tab(page: Page, runs_dir: Path, tiny_model_dir: Path) -> None:
     page.click("#rd-probe [data-compare]")
-    expect(page.locator("#rd-lora input")).to_have_value(str(runs_dir / "first" / "checkpoints" / "step-100"))
+    expect(page.locator("#rd-lora input")).to_have_value(str(runs_dir / "first" / "checkpoints" / "step-60"))
     expect(page.locator("#rd-generate")).to_be_visible()
     page.click("#rd-generate")
     page.wait_for_selector("#rd-status .rd-done")
     page.wait_for_selector("#rd-generate:visible")
-    assert "step-100" in page.inner_text("#rd-grid")
+    assert "step-60" in page.inner_text("#rd-grid")
     page.get_by_role("tab", name="Training").click()
     expect(page.locator("#rd-probe output")).to_be_visible()
 
