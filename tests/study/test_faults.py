@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import sqlalchemy as sql
 from starlette.testclient import TestClient
 
 from rewardiv.bench.study import faults, junk
-from rewardiv.bench.study.cluster import PLACES, running
+from rewardiv.bench.study.cluster import PLACES, kill_all, running
 from rewardiv.bench.study.faults import SCENARIOS, SMALL, Ground, prepared
 from rewardiv.bench.study.ledger import audit
 from rewardiv.bench.study.load import LoadBench, table
@@ -48,6 +50,15 @@ def test_every_fault_leaves_what_was_acknowledged(name: str, ground: Ground) -> 
         pytest.skip("PostgreSQL is not installed")
     with running(flush=False) as cluster:
         assert SCENARIOS[name](dataclasses.replace(ground, cluster=cluster)).wrong == ()
+
+
+def test_a_process_that_ended_by_itself_keeps_none_of_the_others_alive() -> None:
+    children = [subprocess.Popen(["sleep", "100"]) for _ in range(2)]
+    processes = [psutil.Process(child.pid) for child in children]
+    children[0].kill()
+    children[0].wait()
+    kill_all(processes)
+    assert not any(process.is_running() for process in processes)
 
 
 def test_raters_at_once_lose_and_double_nothing(capsys: pytest.CaptureFixture[str]) -> None:

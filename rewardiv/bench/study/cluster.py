@@ -6,8 +6,8 @@ import os
 import pwd
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -61,10 +61,7 @@ class Cluster:
     def kill(self) -> None:
         """SIGKILL for all its processes: nothing is written any more."""
         main = psutil.Process(int((self.place / "data" / "postmaster.pid").read_text().split()[0]))
-        own = [main, *main.children(recursive=True)]
-        for process in own:
-            process.kill()
-        psutil.wait_procs(own, WAIT_S)
+        kill_all([main, *main.children(recursive=True)])
 
     def _run(self, program: str, *words: object) -> None:
         command = [*self.prefix, str(self.programs / program), *map(str, words)]
@@ -73,6 +70,14 @@ class Cluster:
                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         except (OSError, subprocess.SubprocessError) as error:
             raise UserError(f"PostgreSQL's {program} failed: {error}") from error
+
+
+def kill_all(processes: Sequence[psutil.Process]) -> None:
+    """SIGKILL for each that hasn't ended, as PostgreSQL's do by themselves once their parent is gone; then all have ended."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, WAIT_S)
 
 
 @contextmanager
