@@ -226,7 +226,9 @@ def test_stages_in_turn_each_killed_and_resumed_equal_all_at_once(
     assert set(json.loads((parts.out / "figures.json").read_text())) == FIGURES
 
 
-def test_tempering_for_longer_has_the_teacher_that_it_began_with(built: Places, tmp_path: Path) -> None:
+def test_tempering_for_longer_has_the_teacher_that_it_began_with(
+    built: Places, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     longer = ("--resume", "--num-steps", str(NUM_STEPS + 2))
     results = []
     for name in ("tempered", "settled"):
@@ -238,6 +240,9 @@ def test_tempering_for_longer_has_the_teacher_that_it_began_with(built: Places, 
         results.append(places.weights())
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
     assert any(not torch.equal(value, results[0][name]) for name, value in built.weights().items())
+    (places.work / "temper-teacher.pt").unlink()
+    assert places.pretrain("temper", "--resume", "--num-steps", str(NUM_STEPS + 4)) == 2
+    assert "temper-teacher.pt, the model as it was when" in capsys.readouterr().err
 
 
 def test_loras_that_are_done_go_on_when_more_steps_are_asked_for(built: Places, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from torchvision.utils import make_grid
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from rewardiv.clip_models import load_clip
+from rewardiv.errors import UserError
 from rewardiv.pretrain.autoencoder import drop_origin, to_model
 from rewardiv.pretrain.layouts import SceneSpec
 from rewardiv.pretrain.loop import Recipe, train
@@ -228,15 +229,10 @@ def run(recipe: Recipe, world: World, channels: tuple[int, int, int], *, stage: 
         return v_loss(model, scheduler, shown, tokens, generator)
 
     def pipeline(average: nn.Module) -> StableDiffusionPipeline:
-        pipe = StableDiffusionPipeline(vae.to(device), average["text_encoder"], tokenizer, average["unet"], build_sampler(),
-                                       safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+        return new_pipeline(vae.to(device), average, tokenizer)
 
     def sheet(average: nn.Module) -> Tensor:
-        images = pipeline(average)(sheet_prompts(icons.concepts), num_inference_steps=10, guidance_scale=3.0, output_type="pt",
-                                   generator=torch.Generator().manual_seed(0)).images
-        return make_grid(images.cpu(), nrow=8)
+        return draw_sheet(pipeline(average), icons.concepts)
 
     average = train(stage, model, loss_fn, recipe, folder=work_dir, seed=seed, resume=resume, sheet=sheet)
     save_pipeline(pipeline(average), output_dir)
@@ -252,13 +248,35 @@ def go_on_from(folder: Path, model: nn.ModuleDict) -> None:
 
 def kept_teacher(model: nn.ModuleDict, folder: Path, device: str) -> nn.ModuleDict:
     """A frozen copy of the model as it was when stage "temper" began, kept in the work folder: a run that is resumed after it
-    was finished finds a tempered model in the output folder, and would temper that."""
-    path = folder / "temper-teacher.pt"
-    if not (folder / "temper.pt").exists():
+    was finished finds a tempered model in the output folder, and would temper that.
+
+    Raises:
+        UserError: If the stage has begun and the copy is gone.
+    """
+    path, state = folder / "temper-teacher.pt", folder / "temper.pt"
+    if not state.exists():
         write_atomic(path, lambda partial: torch.save(model.state_dict(), partial))
+    elif not path.exists():
+        raise UserError(f"{path}, the model as it was when {state} began, is missing; remove {state} and build 'settle' and "
+                        "'temper' again")
     teacher = copy.deepcopy(model)
     teacher.load_state_dict(torch.load(path, map_location=device, weights_only=True))
     return teacher.eval().requires_grad_(False)
+
+
+def new_pipeline(vae: AutoencoderKL, model: nn.ModuleDict, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+    """The networks in diffusers' pipeline, without a progress bar."""
+    pipe = StableDiffusionPipeline(vae, model["text_encoder"], tokenizer, model["unet"], build_sampler(), safety_checker=None,
+                                   feature_extractor=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw_sheet(pipeline: StableDiffusionPipeline, concepts: list[str]) -> Tensor:
+    """The pipeline's pictures of `sheet_prompts`, eight in a row, as one image [3, H, W] in [0, 1]."""
+    images = pipeline(sheet_prompts(concepts), num_inference_steps=10, guidance_scale=3.0, output_type="pt",
+                      generator=torch.Generator().manual_seed(0)).images
+    return make_grid(images.cpu(), nrow=8)
 
 
 def sheet_prompts(concepts: list[str]) -> list[str]:

@@ -79,7 +79,7 @@ def run(name: str, family: Family, kl_weight: float, *, output_dir: Path, work_d
         family: What it is trained on.
         kl_weight: Of the authors' KL.
         output_dir: Where the base model and the rewards lie, and the free LoRA's weights go, as `emoji-<name>`.
-        work_dir: Where the run itself lies; if `resume`, one that has fewer steps than asked goes on, another stays.
+        work_dir: Where the run itself lies; if `resume`, one of fewer steps than are asked for goes on, another is kept.
         runs_dir: Where the small export goes, in place of an earlier one.
         seed: Of the run.
         device: Of the run.
@@ -89,7 +89,7 @@ def run(name: str, family: Family, kl_weight: float, *, output_dir: Path, work_d
         First and last mean reward of a step, the time, and the settings.
     """
     own = member(name, kl_weight)
-    folder, output_dir = work_dir / "loras" / own, output_dir.absolute()  # the export tells places by that
+    folder, output_dir = work_dir / "loras" / own, output_dir.absolute()  # an export names rewards by their places
     config = TrainConfig(
         output_dir=str(folder), model=str(output_dir / "emoji"), seed=seed, device=device, kl_weight=kl_weight,
         rewards=tuple(str(output_dir / "emoji-rewards" / reward) for reward in family.rewards),
